@@ -1,0 +1,1 @@
+"""Blocks of the network: the six projections and the block itself."""

@@ -1,0 +1,185 @@
+"""MMRecBlock: one layer of the network.
+
+x̂ = RMSNorm(x);  q, k, v, z, p, e = HEM(x̂);  log γ = decay(z, k)
+h_t = (1 − γ_t) z_t σ(w_g h_{t−1} + p̄_t) + γ_t h_{t−1}                    short-term memory, elementwise
+M_t = α_t M_{t−1} + k̃_t v_tᵀ,  r_t = M_tᵀ q̃_t,  q̃ = L2(q + h), k̃ = L2(k + h)   long-term memory, a matrix a head
+x = x + W_o[σ(e) (g_r RMSNorm(r) + g_h RMSNorm(h))];  x = x + SwiGLU(RMSNorm(x))
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmrec.blocks.hem import FusedProjections, SeparateProjections, fuse, unfuse
+from mmrec.blocks.swiglu import SwiGLU
+from mmrec.config import MMRecConfig
+from mmrec.core import uboo
+from mmrec.core.decay import Float32Parameters, HeadDecay
+from mmrec.core.mdi import MDI
+from mmrec.core.memory import BlockState
+from mmrec.ops import exp_product_scan, gated_scan, linear_scan, memory_scan
+
+_MEMORY_GAIN = 0.1  # the long-term memory earns its weight: at full weight from the first step it did harm
+
+
+class _StateGate(Float32Parameters):
+    """`w_g`, how much of its own state a channel's write gate sees; starts at 0, an input gate."""
+
+    def __init__(self, model_dim: int, learned: bool) -> None:
+        super().__init__()
+        self.w_g = nn.Parameter(torch.zeros(model_dim, dtype=torch.float32), requires_grad=learned)
+
+
+def l2norm(x: Tensor) -> Tensor:
+    """`x · rsqrt(Σx² + 1e-6)` over the last dimension, in fp32 or wider; a zero vector gives 0 and a finite gradient."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
+
+
+class MMRecBlock(nn.Module):
+    """One MM-Rec block.
+
+    Args:
+        config: the network's configuration; or its fields by name, for a block on its own:
+            `MMRecBlock(model_dim=4096, num_heads=8, use_hem=True, pe_dim=4096)`.
+    """
+
+    def __init__(self, config: MMRecConfig | None = None, **fields: Any) -> None:
+        super().__init__()
+        config = config if config is not None else MMRecConfig(**{"num_layers": 1, **fields})
+        self.config = config
+        dim = config.model_dim
+        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        kind = FusedProjections if config.use_hem else SeparateProjections
+        self.projections: FusedProjections | SeparateProjections = kind(dim, config.pe_width, config.initializer_range)
+        self.mdi = MDI(config)
+        self.state_gate = _StateGate(dim, learned=config.state_gate)
+        self.head_decay = HeadDecay(dim, config.heads, config.initializer_range)
+        self.g_r = nn.Parameter(torch.full((config.heads, config.head_dim), _MEMORY_GAIN))
+        self.g_h = nn.Parameter(torch.ones(config.heads, config.head_dim))
+        self.W_o = nn.Linear(dim, dim, bias=False)
+        self.ffn_norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.ffn = SwiGLU(dim, config.ffn_width)
+        # Both branches add to the residual 2L times: their last weights start smaller by √(2L), as in GPT-2.
+        nn.init.normal_(self.ffn.W_gate_up.weight, std=config.initializer_range)
+        for last in (self.W_o, self.ffn.W_down):
+            nn.init.normal_(last.weight, std=config.initializer_range / math.sqrt(2 * config.num_layers))
+
+    @property
+    def use_hem(self) -> bool:
+        """Whether the six projections are fused into one."""
+        return isinstance(self.projections, FusedProjections)
+
+    @use_hem.setter
+    def use_hem(self, value: bool) -> None:
+        raise AttributeError(f"use_hem cannot be assigned: the weights would not match; call model.set_hem({value}) to convert them")
+
+    def set_hem(self, use_hem: bool) -> None:
+        """Convert the projections in place; the optimiser's state of the old weights does not follow (see `MMRecModel.set_hem`)."""
+        self.projections = self.converted_projections(use_hem)
+
+    def converted_projections(self, use_hem: bool) -> FusedProjections | SeparateProjections:
+        """This block's projections in the form asked for; the block's own where they have it already."""
+        projections = self.projections
+        if isinstance(projections, SeparateProjections):
+            return fuse(projections) if use_hem else projections
+        return projections if use_hem else unfuse(projections)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        *,
+        state: BlockState | None = None,
+        reset: Tensor | None = None,
+        return_auxiliary_loss: bool = False,
+        return_state: bool = False,
+        record: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """Run the block over a sequence.
+
+        Args:
+            x_BTD: (B, T, D), any float dtype.
+            state: what the tokens before left behind; None means nothing.
+            reset: (B, T) boolean, true at the first token of a document.
+            return_auxiliary_loss: append UBÖO's `PlanningLoss`, unscaled.
+            return_state: append the `BlockState` after the last token.
+            record: a dictionary to be filled with detached intermediates, for diagnostics.
+
+        Returns:
+            The output (B, T, D), or a tuple of it and what was asked for, in this order.
+        """
+        h0, M0 = (None, None) if state is None else (state.h, state.M)
+        normed = self.norm(x_BTD)
+        q, k, v, z, p, e = self.projections(normed)
+        h, h_last = self.short_term_memory(z, p, self.mdi(z, k), h0, reset)
+        planning: uboo.PlanningLoss | None = None
+        carried: Tensor | None = None
+        if return_auxiliary_loss and self.mdi.use_uboo:
+            h, h_target = uboo.route(h, self.config.orthogonalize)
+            before = None if state is None else state.planning if state.planning is not None else state.h
+            planning = self.planning_error(h, h_target, before, reset, record)
+            carried = h_target[:, -1]
+        r, M_last = self.long_term_memory(q, k, v, h, normed, M0, reset)
+        x_BTD = x_BTD + self.read_out(h, r, e)
+        x_BTD = x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        if record is not None:
+            record["gate_jacobian"] = (z.detach().float() * self.state_gate.w_g.detach() / 4).abs()
+
+        outputs: list[Any] = [x_BTD]
+        if return_auxiliary_loss:
+            zero = torch.zeros((), device=x_BTD.device)
+            outputs.append(planning if planning is not None else uboo.PlanningLoss(zero, zero))
+        if return_state:
+            outputs.append(BlockState(h_last, M_last, carried))
+        return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+    def short_term_memory(self, z: Tensor, p: Tensor, log_gamma: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`h` (B, T, D) and its last state (B, D): the core formula, or, without a state gate, the linear recurrence it becomes."""
+        if self.config.state_gate:
+            return gated_scan(z, p, log_gamma, self.state_gate.w_g, h0, reset)
+        wide = log_gamma.dtype
+        gate = torch.sigmoid(p.to(wide)).repeat_interleave(z.shape[-1] // p.shape[-1], dim=-1)
+        h, h_last = linear_scan(-torch.expm1(log_gamma) * z.to(wide) * gate, log_gamma, None, reset)
+        if h0 is not None:
+            carried, carried_last = exp_product_scan(log_gamma, h0, accum_dtype=getattr(torch, self.config.decay_accum_dtype))
+            if reset is not None:
+                ended = reset.cumsum(1).bool().unsqueeze(-1)  # a document's start forgets what was carried in
+                carried, carried_last = carried.masked_fill(ended, 0), carried_last.masked_fill(ended[:, -1], 0)
+            h, h_last = h + carried, h_last + carried_last
+        return h.to(z.dtype), h_last
+
+    def long_term_memory(
+        self, q: Tensor, k: Tensor, v: Tensor, h: Tensor, normed: Tensor, M0: Tensor | None, reset: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`r` (B, T, H, V) and the last memory (B, H, K, V); the short-term state helps to address it."""
+        heads = (self.config.heads, self.config.head_dim)
+        query = l2norm((q + h).unflatten(-1, heads)).to(q.dtype)
+        key = l2norm((k + h).unflatten(-1, heads)).to(k.dtype)
+        return memory_scan(query, key, v.unflatten(-1, heads), self.head_decay(normed), M0, reset)
+
+    def read_out(self, h: Tensor, r: Tensor, e: Tensor) -> Tensor:
+        """`W_o[σ(e) (g_r RMSNorm_head(r) + g_h RMSNorm_head(h))]`, (B, T, D); the norms in fp32 or wider."""
+        wide = torch.promote_types(r.dtype, torch.float32)
+        eps = self.config.norm_eps
+        width = (self.config.head_dim,)
+        recalled = F.rms_norm(r.to(wide), width, eps=eps) * self.g_r
+        recent = F.rms_norm(h.to(wide).unflatten(-1, r.shape[-2:]), width, eps=eps) * self.g_h
+        gated = torch.sigmoid(e.to(wide)) * (recalled + recent).flatten(-2)
+        out: Tensor = self.W_o(gated.to(e.dtype))
+        return out
+
+    def planning_error(
+        self, h: Tensor, h_target: Tensor, before: Tensor | None, reset: Tensor | None, record: dict[str, Tensor] | None = None
+    ) -> uboo.PlanningLoss:
+        """UBÖO's loss of this block; `h_target` is `h` as the gradient of the planning target may reach it."""
+        form = self.config.planning_loss
+        previous = uboo.shift(h_target, before)
+        updated, planned = uboo.planning_pair(self.mdi.W_planning_error, self.mdi.W_planning_target, h, previous, form)
+        counted = uboo.counted_tokens(h, before, reset)
+        if record is not None:
+            record["planning_target"] = (updated if form == "normalized" else planned).detach()
+            record["counted"] = counted
+        return uboo.planning_loss(updated, planned, counted)

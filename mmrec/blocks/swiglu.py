@@ -1,0 +1,19 @@
+"""The feed-forward half of a block."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class SwiGLU(nn.Module):
+    """`W_down(SiLU(W_gate x) ⊙ W_up x)` (Shazeer 2020, arXiv:2002.05202), gate and up in one product, no biases."""
+
+    def __init__(self, model_dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.W_gate_up = nn.Linear(model_dim, 2 * ffn_dim, bias=False)
+        self.W_down = nn.Linear(ffn_dim, model_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) to (..., D)."""
+        gate, up = self.W_gate_up(x).chunk(2, dim=-1)
+        out: Tensor = self.W_down(F.silu(gate) * up)
+        return out

@@ -1,0 +1,120 @@
+"""The network's configuration: sizes and mechanisms, checked before anything is built. No optimiser, no paths."""
+
+import warnings
+from dataclasses import dataclass
+from typing import Literal
+
+_HEAD_WIDTH = 128  # the width aimed at where num_heads is not given
+_FFN_MULTIPLE = 256  # feed-forward widths are rounded to this, for the matrix units' tiles
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMRecConfig:
+    """Sizes and mechanisms of an MM-Rec network.
+
+    Attributes:
+        vocab_size: number of tokens the tokenizer knows.
+        model_dim: D, channels of the residual stream and of the short-term memory.
+        num_layers: L, blocks.
+        num_heads: H, heads of the long-term memory; each is D/H wide. None: max(1, D // 128).
+        ffn_dim: F, hidden width of the SwiGLU feed-forward. None: 8D/3 to the nearest multiple of 256.
+        use_hem: one fused projection instead of six.
+        pe_dim: P, width of the path that says when the short-term memory writes; divides D. None: D.
+        use_dpg: the decay from a low-rank gate (DPG) instead of the two-factor form (MDI).
+        dpg_rank: R, rank of the DPG gate.
+        state_gate: whether the state gates its own write (w_g is learned); false makes the recurrence linear.
+        decay_accum_dtype: in which dtype the decays of a carried state are summed where `state_gate` is false.
+        use_uboo: the planning error as an auxiliary loss.
+        lambda_P: its weight; 0.05–0.1 below 1 B parameters, 0.1–0.2 to 7 B, 0.1–0.15 above.
+        planning_loss: "mse", the literal form, or "normalized", which has no trivial minimum.
+        planning_error_dim: E, width of the two planning projections. None: D.
+        planning_reduction: how the layers' losses are joined, "sum" or "mean".
+        orthogonalize: remove from the planning error's gradient, token by token, its part along the main gradient.
+        tie_embeddings: the output head shares the embedding's weight.
+        norm_eps: ε of every RMSNorm.
+        initializer_range: standard deviation of the weights at the start.
+        loss_chunk_size: tokens whose logits exist at a time in the training loss.
+        activation_checkpointing: recompute each block in the backward instead of keeping its activations.
+    """
+
+    vocab_size: int = 32000
+    model_dim: int = 4096
+    num_layers: int = 24
+    num_heads: int | None = None
+    ffn_dim: int | None = None
+    use_hem: bool = True
+    pe_dim: int | None = None
+    use_dpg: bool = False
+    dpg_rank: int = 128
+    state_gate: bool = True
+    decay_accum_dtype: Literal["float32", "float64"] = "float32"
+    use_uboo: bool = True
+    lambda_P: float = 0.1
+    planning_loss: Literal["mse", "normalized"] = "mse"
+    planning_error_dim: int | None = None
+    planning_reduction: Literal["sum", "mean"] = "sum"
+    orthogonalize: bool = False
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    initializer_range: float = 0.02
+    loss_chunk_size: int = 2048
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        positive = ("vocab_size", "model_dim", "num_layers", "num_heads", "ffn_dim", "pe_dim", "dpg_rank", "planning_error_dim")
+        for name in (*positive, "loss_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
+        if self.model_dim % self.heads:
+            raise ValueError(f"num_heads = {self.heads} does not divide model_dim = {self.model_dim}; choose a divisor")
+        if self.model_dim % self.pe_width:
+            raise ValueError(f"pe_dim = {self.pe_width} does not divide model_dim = {self.model_dim}; choose a divisor")
+        choices = {
+            "decay_accum_dtype": ("float32", "float64"),
+            "planning_loss": ("mse", "normalized"),
+            "planning_reduction": ("sum", "mean"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if not 0 <= self.lambda_P < float("inf"):
+            raise ValueError(f"lambda_P is {self.lambda_P}; give a finite weight of at least 0")
+        for name in ("norm_eps", "initializer_range"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} is {getattr(self, name)}; give a finite number above 0")
+
+    @property
+    def heads(self) -> int:
+        """H, with the default filled in."""
+        return self.num_heads if self.num_heads is not None else max(1, self.model_dim // _HEAD_WIDTH)
+
+    @property
+    def head_dim(self) -> int:
+        """K = V, channels of one head."""
+        return self.model_dim // self.heads
+
+    @property
+    def ffn_width(self) -> int:
+        """F, with the default filled in."""
+        if self.ffn_dim is not None:
+            return self.ffn_dim
+        return max(1, round(8 * self.model_dim / 3 / _FFN_MULTIPLE)) * _FFN_MULTIPLE
+
+    @property
+    def pe_width(self) -> int:
+        """P, with the default filled in."""
+        return self.pe_dim if self.pe_dim is not None else self.model_dim
+
+    @property
+    def planning_width(self) -> int:
+        """E, with the default filled in."""
+        return self.planning_error_dim if self.planning_error_dim is not None else self.model_dim
+
+
+def warn_about_lambda_P(lambda_P: float, parameters: int) -> None:
+    """Warn where `lambda_P` lies outside the founding document's guide for a network of so many parameters."""
+    billions = parameters / 1e9
+    low, high = (0.05, 0.1) if billions < 1 else (0.1, 0.2) if billions <= 7 else (0.1, 0.15)
+    if lambda_P and not low <= lambda_P <= high:
+        warnings.warn(f"lambda_P = {lambda_P} lies outside the guide of {low} to {high} for {billions:.2g} B parameters", stacklevel=3)

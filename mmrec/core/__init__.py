@@ -1,0 +1,1 @@
+"""Parts of a block: decays, planning error, state, loss."""

@@ -1,0 +1,85 @@
+"""MDI: the short-term memory's decay, in both forms, and UBÖO's two planning projections."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mmrec.config import MMRecConfig
+from mmrec.core.decay import SHORT_TERM_TIME_CONSTANTS, DecayBias, bound_log_gamma, spread_time_constants
+
+_CONTEXT_BIAS = 8.0  # σ(8) = 0.99966: the context modulation starts as good as absent
+
+
+class _GateMLP(nn.Module):
+    """`D → D/4 → D` with GELU; the last bias is fp32."""
+
+    def __init__(self, model_dim: int) -> None:
+        super().__init__()
+        hidden = max(1, model_dim // 4)
+        self.W_in = nn.Linear(model_dim, hidden)
+        self.W_out = nn.Linear(hidden, model_dim, bias=False)
+        self.out_bias = DecayBias(model_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out_bias(self.W_out(F.gelu(self.W_in(x))))
+        return logits
+
+
+class MDI(nn.Module):
+    """Decay of the short-term memory and the planning projections of a block.
+
+    DPG (`use_dpg`): `γ = σ(W_up · ReLU(W_down · z))`, D → R → D.
+    MDI (otherwise): `γ = σ(mlp(z)) · σ(mlp(k))`; the second factor modulates by context and starts near 1.
+
+    Attributes:
+        use_uboo: whether the planning projections exist.
+        planning_error_dim: E, their width.
+    """
+
+    def __init__(self, config: MMRecConfig) -> None:
+        super().__init__()
+        self.use_dpg = config.use_dpg
+        self.use_uboo = config.use_uboo
+        self.planning_error_dim = config.planning_width
+        self.initializer_range = config.initializer_range
+        self.heads = config.heads
+        dim = config.model_dim
+        if config.use_dpg:
+            self.W_down = nn.Linear(dim, config.dpg_rank)
+            self.W_up = nn.Linear(config.dpg_rank, dim, bias=False)
+            self.up_bias = DecayBias(dim)
+        else:
+            self.decay_mlp = _GateMLP(dim)
+            self.context_mlp = _GateMLP(dim)
+        if config.use_uboo:
+            self.W_planning_error = nn.Linear(dim, self.planning_error_dim, bias=False)
+            self.W_planning_target = nn.Linear(dim, self.planning_error_dim, bias=False)
+            # The normalised form regresses on a fixed random projection of h_t: were it trained, it could shrink to nothing.
+            self.W_planning_error.weight.requires_grad_(config.planning_loss == "mse")
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Time constants 1/(1−γ) log-uniform over 2 … 2048 tokens in every head; weights normal, other biases zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=self.initializer_range)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        bias = self.up_bias.bias if self.use_dpg else self.decay_mlp.out_bias.bias
+        gamma = 1 - 1 / spread_time_constants(bias.numel(), SHORT_TERM_TIME_CONSTANTS, groups=self.heads)
+        if not self.use_dpg:
+            nn.init.constant_(self.context_mlp.out_bias.bias, _CONTEXT_BIAS)
+            gamma = gamma * (1 + math.exp(-_CONTEXT_BIAS))  # so that the product of both factors has the time constant
+        bias.copy_(torch.logit(gamma))
+
+    def forward(self, z_BTD: Tensor, k_BTD: Tensor) -> Tensor:
+        """log γ, (B, T, D), fp32, in [log 1e-6, −1e-6].
+
+        `logsigmoid` and not `log(sigmoid)`: the latter has a relative error of 5e-4 at logit 10 and 0.2 at 15.
+        """
+        if self.use_dpg:
+            return bound_log_gamma(F.logsigmoid(self.up_bias(self.W_up(F.relu(self.W_down(z_BTD))))))
+        return bound_log_gamma(F.logsigmoid(self.decay_mlp(z_BTD)) + F.logsigmoid(self.context_mlp(k_BTD)))

@@ -1,0 +1,12 @@
+"""The four recurrences of MM-Rec.
+
+Every operator is a folder: `naive.py` is the truth, a plain loop; `pytorch.py` computes the same in few passes. States and
+log-decays are fp32 inside, whatever the inputs' dtype.
+"""
+
+from mmrec.ops.exp_product_scan import exp_product_scan
+from mmrec.ops.gated_scan import gated_scan
+from mmrec.ops.linear_scan import linear_scan
+from mmrec.ops.memory_scan import memory_scan
+
+__all__ = ["exp_product_scan", "gated_scan", "linear_scan", "memory_scan"]
