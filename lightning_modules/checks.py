@@ -1,0 +1,76 @@
+"""Checks of what training is given: batches, vocabularies, checkpoints. Each fault is one line that names it and the remedy."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def check_batch_form(batch: Any) -> None:
+    """Raise ValueError unless `batch` has integer `input_ids` and `labels` of one shape (B, T), with B and T at least 1.
+
+    Looks at names, shapes and dtypes only: nothing waits for the device.
+    """
+    if not isinstance(batch, Mapping) or not {"input_ids", "labels"} <= batch.keys():
+        found = ", ".join(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"a batch needs input_ids and labels, found {found}; correct the data module")
+    ids, labels = batch["input_ids"], batch["labels"]
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise ValueError(f"input_ids have the shape {tuple(ids.shape)}; a batch is (B, T) with at least one token")
+    if labels.shape != ids.shape:
+        raise ValueError(f"labels have the shape {tuple(labels.shape)}, input_ids {tuple(ids.shape)}; they must agree")
+    if ids.dtype != torch.int64 or labels.dtype != torch.int64:
+        raise ValueError(f"input_ids are {ids.dtype} and labels {labels.dtype}; both must be torch.int64")
+
+
+def check_token_range(batch: Mapping[str, Tensor], vocab_size: int) -> None:
+    """Raise ValueError where an id lies outside the vocabulary. Waits for the device.
+
+    `input_ids` must lie in 0 … vocab_size − 1, `labels` in −1 … vocab_size − 1.
+    """
+    for name, lowest in (("input_ids", 0), ("labels", -1)):
+        low, high = (int(bound) for bound in torch.aminmax(batch[name]))
+        if low < lowest or high >= vocab_size:
+            culprit = low if low < lowest else high
+            raise ValueError(
+                f"token id {culprit} in {name} is out of range: the network knows {lowest} … {vocab_size - 1}; "
+                "set model.network.vocab_size to the tokenizer's size"
+            )
+
+
+def check_vocabulary(data_vocab_size: int | None, vocab_size: int) -> None:
+    """Raise ValueError where the data's vocabulary is not the network's; None (unknown) passes."""
+    if data_vocab_size is not None and data_vocab_size != vocab_size:
+        raise ValueError(
+            f"the tokenizer has {data_vocab_size} tokens but the network {vocab_size}; set model.network.vocab_size={data_vocab_size}"
+        )
+
+
+def check_checkpoint_shapes(checkpoint: Mapping[str, Any], module: nn.Module, configuration: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's parameters do not fit, naming the first that does not.
+
+    Args:
+        checkpoint: what Lightning loaded, with `state_dict` and, from this project, `hyper_parameters["network"]`.
+        module: the module about to take the parameters.
+        configuration: the network's fields; those that differ from the checkpoint's become the remedy.
+    """
+    saved, own = checkpoint["state_dict"], module.state_dict()
+    for name in [*own, *(name for name in saved if name not in own)]:
+        if name not in saved:
+            fault = f"{name} is not in it"
+        elif name not in own:
+            fault = f"{name} is unknown to this network"
+        elif saved[name].shape != own[name].shape:
+            fault = f"{name} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
+        else:
+            continue
+        raise ValueError(f"the checkpoint is of another network: {fault}; {_remedy(checkpoint, configuration)}")
+
+
+def _remedy(checkpoint: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
+    theirs = checkpoint.get("hyper_parameters", {}).get("network", {})
+    differing = {name: theirs[name] for name, value in configuration.items() if name in theirs and theirs[name] != value}
+    if not differing:
+        return "use the configuration it was trained with"
+    return "it was trained with " + ", ".join(f"model.network.{name}={value}" for name, value in differing.items())

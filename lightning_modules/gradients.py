@@ -1,0 +1,68 @@
+"""Norms of gradients, clipping, and how the auxiliary loss's gradient stands to the main one's."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
+from torch.optim import Optimizer
+
+from mmrec.model import MMRecModel
+
+
+def total_norm(tensors: list[Tensor]) -> Tensor:
+    """‖·‖₂ of all `tensors` as one vector, 0-dim; summed in fp32 or wider, since a bf16 sum of squares loses percents."""
+    wide = torch.promote_types(torch.float32, max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).bits))
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor, dtype=wide) for tensor in tensors]))
+
+
+def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str | None) -> Tensor | None:
+    """Clip the gradients of the optimiser's parameters in place, without waiting for the device.
+
+    Args:
+        optimizer: the optimiser.
+        clip_val: the bound; None or 0 clips nothing.
+        algorithm: "norm" (also None), or "value".
+
+    Returns:
+        The norm before clipping, 0-dim; None where no parameter has a gradient.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not parameters:
+        return None
+    norm = total_norm([p.grad for p in parameters if p.grad is not None])
+    if clip_val and algorithm == "value":
+        clip_grad_value_(parameters, clip_val)
+    elif clip_val:
+        clip_grads_with_norm_(parameters, clip_val, norm)
+    return norm
+
+
+def auxiliary_gradient_statistics(network: MMRecModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """How strong and how aligned the auxiliary gradient is, over the parameters that the main loss reaches.
+
+    With `orthogonalize` the auxiliary gradient depends on the main one, and `g_aux = g_total − g_main`. Without, it is taken of the
+    auxiliary loss alone: a difference would drown a small one in rounding. Two forwards and backwards; nothing is accumulated into
+    `.grad`, and no random number is drawn. Needs memory for two gradients of the network.
+
+    Returns:
+        `grad_norm_ratio` = ‖g_aux‖/‖g_main‖ and `grad_cosine` = ⟨g_aux, g_main⟩/(‖g_aux‖‖g_main‖), 0-dim fp32; 0 where g_aux is 0.
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    with torch.enable_grad():
+        main = torch.autograd.grad(network.loss(batch).main, parameters, allow_unused=True)
+        output = network.loss(batch)
+        if network.config.orthogonalize:
+            total = torch.autograd.grad(output.loss, parameters, allow_unused=True)
+            auxiliary = [None if m is None or t is None else t.float() - m.float() for m, t in zip(main, total, strict=True)]
+        elif output.auxiliary.requires_grad:
+            auxiliary = torch.autograd.grad(output.auxiliary, parameters, allow_unused=True)
+        else:
+            auxiliary = [None] * len(parameters)
+    pairs = [(m.float(), torch.zeros_like(m.float()) if a is None else a.float()) for m, a in zip(main, auxiliary, strict=True) if m is not None]
+    norm_main = total_norm([m for m, _ in pairs])
+    norm_aux = total_norm([a for _, a in pairs])
+    inner = torch.stack([(m * a).sum() for m, a in pairs]).sum()
+    tiny = torch.finfo(torch.float32).tiny
+    return {"grad_norm_ratio": norm_aux / norm_main.clamp(min=tiny), "grad_cosine": inner / norm_main.clamp(min=tiny) / norm_aux.clamp(min=tiny)}

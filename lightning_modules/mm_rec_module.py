@@ -1,0 +1,360 @@
+"""MMRecLightningModule: what a step, a validation and an optimiser are for an MM-Rec network."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
+
+from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_token_range, check_vocabulary
+from lightning_modules.gradients import auxiliary_gradient_statistics, clip_gradients
+from lightning_modules.parameter_groups import parameter_groups
+from lightning_modules.schedules import linear_change, warmup_cosine
+from mmrec.config import MMRecConfig
+from mmrec.model import LossOutput, MMRecModel
+
+SUPPORTED_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
+FIRST_BATCHES_CHECKED = 2  # on a device where looking at the ids means waiting for it
+
+
+class StepLosses(NamedTuple):
+    """Losses of one optimiser step, averaged over its micro-batches and all ranks.
+
+    Attributes:
+        step: optimiser steps taken before this one.
+        loss, main, auxiliary: 0-dim fp32; `auxiliary` is scaled by λ_P, `loss` is the sum of the two.
+        auxiliary_by_layer: (L,) fp32, unscaled; (0,) without UBÖO.
+    """
+
+    step: int
+    loss: Tensor
+    main: Tensor
+    auxiliary: Tensor
+    auxiliary_by_layer: Tensor
+
+
+class MMRecLightningModule(LightningModule):
+    """Trains an MM-Rec network on batches of `input_ids` and `labels`, both int64 (B, T), −1 where nothing is to be learned.
+
+    Scalars go to the loggers directly, at the number of optimiser steps taken before the measurement, so that `train/loss` and
+    `val/loss` at one step speak of the same weights. `self.log` would add an `epoch` tag and put a validation one step too early.
+
+    Attributes:
+        network: the MMRecModel.
+        config: its MMRecConfig.
+        last_loss: LossOutput of the latest micro-batch of this rank, detached; None before the first.
+        step_losses: StepLosses of the latest step if it is one that is logged, else None.
+        last_gradient_norm: 0-dim, the latest gradient norm before clipping; None before the first step.
+        diagnostics_wanted: set it before a step, and `last_loss.diagnostics` is filled.
+        tokens_seen: input tokens of all ranks, as of the latest logged step or checkpoint.
+    """
+
+    def __init__(
+        self,
+        network: MMRecConfig,
+        learning_rate: float = 3e-4,
+        min_learning_rate_ratio: float = 0.1,
+        warmup_steps: int = 100,
+        decay_steps: int | None = None,
+        weight_decay: float = 0.1,
+        decay_embeddings: bool = False,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        lambda_P_final: float | None = None,
+        lambda_P_anneal_steps: int = 0,
+        compile_blocks: bool = False,
+        check_batches: bool = False,
+    ) -> None:
+        """Build the network and remember how to train it.
+
+        Args:
+            network: sizes and mechanisms of the network.
+            learning_rate: AdamW's peak learning rate.
+            min_learning_rate_ratio: the learning rate after the decay, as a share of the peak.
+            warmup_steps: optimiser steps of linear warm-up.
+            decay_steps: optimiser step at which the cosine ends. None: trainer.max_steps.
+            weight_decay: decoupled weight decay of the matrices.
+            decay_embeddings: whether the embedding decays as well.
+            betas: AdamW's decay rates of the two moments.
+            eps: AdamW's ε.
+            lambda_P_final: where the auxiliary loss's weight ends. None: it stays at network.lambda_P.
+            lambda_P_anneal_steps: optimiser steps over which it gets there, linearly.
+            compile_blocks: `torch.compile` each block in place.
+            check_batches: compare every batch's ids with the vocabulary on a GPU too (waits for it at every step); a CPU always does.
+        """
+        super().__init__()
+        if isinstance(network, Mapping):  # from a checkpoint, where the configuration lies as a plain dict
+            network = MMRecConfig(**network)
+        _check_hyperparameters(
+            learning_rate, min_learning_rate_ratio, warmup_steps, decay_steps, weight_decay, betas, eps, lambda_P_final, lambda_P_anneal_steps
+        )
+        # Plain types only: a dataclass in a checkpoint cannot be loaded with weights_only=True.
+        self.save_hyperparameters(
+            {
+                "network": asdict(network),
+                "learning_rate": learning_rate,
+                "min_learning_rate_ratio": min_learning_rate_ratio,
+                "warmup_steps": warmup_steps,
+                "decay_steps": decay_steps,
+                "weight_decay": weight_decay,
+                "decay_embeddings": decay_embeddings,
+                "betas": list(betas),
+                "eps": eps,
+                "lambda_P_final": lambda_P_final,
+                "lambda_P_anneal_steps": lambda_P_anneal_steps,
+                "compile_blocks": compile_blocks,
+                "check_batches": check_batches,
+            }
+        )
+        self.config = network
+        self.network = MMRecModel(network)
+        self.last_loss: LossOutput | None = None
+        self.step_losses: StepLosses | None = None
+        self.last_gradient_norm: Tensor | None = None
+        self.diagnostics_wanted = False
+        self.tokens_seen = 0
+        self._unreduced_tokens = 0  # of this rank, since tokens_seen was brought up to date
+        self._micro_batches: list[LossOutput] = []
+        self._batches_checked = 0
+        self._means: list[MeanMetric] = []
+        self._blocks_compiled = False
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits (B, T, vocab) of token ids (B, T)."""
+        return self.network(input_ids)
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """FLOPs of a training step (forward and backward) for one token of a sequence of `seq_len` tokens."""
+        return self.network.flops_per_token(seq_len)
+
+    def auxiliary_gradient_statistics(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`grad_norm_ratio` ‖g_aux‖/‖g_main‖ and `grad_cosine` of the two, 0-dim each; leaves `.grad` and random states alone."""
+        with self.trainer.precision_plugin.train_step_context():
+            return auxiliary_gradient_statistics(self.network, batch)
+
+    # ---- before training
+
+    def setup(self, stage: str) -> None:
+        """Refuse what cannot train (precision, vocabulary, no end of the schedule) and compile the blocks where asked."""
+        if self.trainer.precision not in SUPPORTED_PRECISIONS:
+            raise ValueError(f"trainer.precision={self.trainer.precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
+        check_vocabulary(getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None), self.config.vocab_size)
+        if stage == "fit":
+            self._schedule_end()
+        if self.hparams["compile_blocks"] and not self._blocks_compiled:
+            for block in self.network.blocks:
+                block.compile()
+            self._blocks_compiled = True
+
+    def _schedule_end(self) -> int:
+        # Not trainer.estimated_stepping_batches: asking for it before a checkpoint is restored restarts the data at 0.
+        steps = self.hparams["decay_steps"] if self.hparams["decay_steps"] is not None else self.trainer.max_steps
+        if steps < 1:
+            raise ValueError("the learning rate's schedule has no end: set trainer.max_steps or model.decay_steps")
+        return steps
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW over the two parameter groups, with warm-up and cosine counted in optimiser steps."""
+        hparams = self.hparams
+        groups = parameter_groups(
+            self.network, hparams["weight_decay"], self.network.no_weight_decay_parameters(), decay_embeddings=hparams["decay_embeddings"]
+        )
+        fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
+        optimizer = AdamW(groups, lr=hparams["learning_rate"], betas=tuple(hparams["betas"]), eps=hparams["eps"], fused=fused or None)
+        factor = warmup_cosine(hparams["warmup_steps"], self._schedule_end(), hparams["min_learning_rate_ratio"])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Let the configuration decide, not the checkpoint: a resumed optimiser gets this run's rates, betas and ε."""
+        hparams = self.hparams
+        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
+            base, count = hparams["learning_rate"], self.trainer.global_step
+            scheduler.scheduler.base_lrs = [base] * len(optimizer.param_groups)
+            for group, factor in zip(optimizer.param_groups, scheduler.scheduler.lr_lambdas, strict=True):
+                decay = hparams["weight_decay"] if group["name"] == "decay" else 0.0
+                group.update(lr=base * factor(count), initial_lr=base, weight_decay=decay, betas=tuple(hparams["betas"]), eps=hparams["eps"])
+
+    # ---- a training step
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
+        """The total loss, main plus auxiliary, 0-dim."""
+        self._check_batch(batch)
+        if self.hparams["lambda_P_final"] is not None:
+            self.network.lambda_P = linear_change(
+                self.config.lambda_P, self.hparams["lambda_P_final"], self.hparams["lambda_P_anneal_steps"], self.trainer.global_step
+            )
+        output = self.network.loss(batch, diagnostics=self.diagnostics_wanted)
+        self.last_loss = _detach(output)
+        self._micro_batches.append(self.last_loss)
+        self._unreduced_tokens += batch["input_ids"].numel()
+        self.log("train/loss", self.last_loss.loss, logger=False)  # for callbacks that monitor; the loggers get the mean of the step
+        return output.loss
+
+    def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
+        check_batch_form(batch)
+        self._batches_checked += 1
+        if self.device.type == "cpu" or self.hparams["check_batches"] or self._batches_checked <= FIRST_BATCHES_CHECKED:
+            check_token_range(batch, self.config.vocab_size)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip as the Trainer was told, and keep the norm from before. Lightning's own clipping refuses fused AdamW in bf16-mixed."""
+        self.last_gradient_norm = clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        """Step, then log the step's losses every `trainer.log_every_n_steps` steps, the first and the last included."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        micro_batches, self._micro_batches, self.step_losses = self._micro_batches, [], None
+        step = self.trainer.global_step  # still the number of steps before this one
+        interval = self.trainer.log_every_n_steps
+        if interval and (step % interval == 0 or step + 1 == self.trainer.max_steps):
+            self._log_step(step, micro_batches, optimizer.param_groups[0]["lr"])
+
+    def _log_step(self, step: int, micro_batches: list[LossOutput], learning_rate: float) -> None:
+        flat = [torch.cat([torch.stack([m.loss, m.main, m.auxiliary]).float(), m.auxiliary_by_layer.float().reshape(-1)]) for m in micro_batches]
+        mean = self.trainer.strategy.reduce(torch.stack(flat).mean(0), reduce_op="mean")
+        self.step_losses = StepLosses(step, mean[0], mean[1], mean[2], mean[3:])
+        self._update_tokens_seen()
+        loss, main, auxiliary = mean[:3].tolist()
+        norm = float(self.last_gradient_norm) if self.last_gradient_norm is not None else float("nan")
+        self._log_scalars(
+            {
+                "train/loss": loss,
+                "train/loss_main": main,
+                "train/loss_aux": auxiliary,
+                "train/grad_norm": norm,
+                "train/lr": learning_rate,
+                "train/tokens": self.tokens_seen,
+            },
+            step,
+        )
+
+    def _log_scalars(self, values: dict[str, float], step: int) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=step)
+            logger.save()
+
+    def _update_tokens_seen(self) -> None:
+        """Add what all ranks have read since the last time; a collective."""
+        count = torch.tensor(self._unreduced_tokens, dtype=torch.int64, device=self.device)
+        self.tokens_seen += int(self.trainer.strategy.reduce(count, reduce_op="sum"))
+        self._unreduced_tokens = 0
+
+    # ---- evaluation
+
+    def on_validation_epoch_start(self) -> None:
+        """Start a token-weighted mean for every validation loader."""
+        self._start_means(len(self.trainer.num_sanity_val_batches if self.trainer.sanity_checking else self.trainer.num_val_batches))
+
+    def on_test_epoch_start(self) -> None:
+        """Start a token-weighted mean for every test loader."""
+        self._start_means(len(self.trainer.num_test_batches))
+
+    def _start_means(self, count: int) -> None:
+        # Made anew and in float64 here: as submodules they would be cast to bf16 with the network.
+        self._means = [MeanMetric().set_dtype(torch.float64).to(self.device) for _ in range(count)]
+
+    def validation_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Add the batch's main loss, weighted with its tokens, to its source's mean."""
+        self._check_batch(batch)
+        output = self.network.loss(batch)
+        self._means[dataloader_idx].update(output.main.double(), output.num_tokens)
+
+    def test_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As in validation."""
+        self.validation_step(batch, batch_idx, dataloader_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log `val/loss` and `val/ppl`, and `val/<source>/…` where there are several sources."""
+        self._finish_means("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log `test/loss` and `test/ppl`, and `test/<source>/…` where there are several sources."""
+        self._finish_means("test")
+
+    def _finish_means(self, prefix: str) -> None:
+        names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
+        values: dict[str, float] = {}
+        for index, mean in enumerate(self._means):
+            loss = mean.compute()  # over all ranks
+            name = names[index] if names is not None and index < len(names) else str(index)
+            for stem in ([prefix] if index == 0 else []) + ([f"{prefix}/{name}"] if len(self._means) > 1 else []):
+                values |= {f"{stem}/loss": float(loss), f"{stem}/ppl": float(loss.exp())}
+        self._means = []
+        if not self.trainer.state.fn == "fit":
+            self.log_dict(values)  # `trainer.validate` prints and returns these
+            return
+        # Lightning drops what is logged while it checks sanity; here that run is the measurement before the first step.
+        self._log_scalars(values, self.trainer.global_step)
+        if not self.trainer.sanity_checking:
+            self.log_dict(values, logger=False)
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        """How well the network foresaw each token.
+
+        Returns:
+            On the CPU: `log_likelihood` fp32 (B, T), natural logarithm, 0 where the label is −1; `loss` fp32 (B,), the mean negative
+            log-likelihood of a sequence's labels; `num_tokens` int64 (B,).
+        """
+        self._check_batch(batch)
+        rows = []
+        for index, labels in enumerate(batch["labels"]):  # one sequence at a time: all logits of a batch can be gigabytes
+            reset = batch["reset"][index : index + 1] if "reset" in batch else None
+            logits = self.network(batch["input_ids"][index : index + 1], reset=reset)
+            rows.append(-F.cross_entropy(logits[0].float(), labels, ignore_index=-1, reduction="none"))
+        log_likelihood = torch.stack(rows).cpu()
+        num_tokens = (batch["labels"] != -1).sum(1).cpu()
+        return {"log_likelihood": log_likelihood, "loss": -log_likelihood.sum(1) / num_tokens.clamp(min=1), "num_tokens": num_tokens}
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the tokens seen; every rank takes part."""
+        self._update_tokens_seen()
+        checkpoint["tokens_seen"] = self.tokens_seen
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse the parameters of another network in one line; take up the count of tokens."""
+        check_checkpoint_shapes(checkpoint, self, asdict(self.config))
+        self.tokens_seen = checkpoint.get("tokens_seen", 0)
+        self._unreduced_tokens = 0
+
+
+def _detach(output: LossOutput) -> LossOutput:
+    diagnostics = {name: value.detach() for name, value in output.diagnostics.items()}
+    return LossOutput(*(value.detach() for value in output[:-1]), diagnostics)
+
+
+def _check_hyperparameters(
+    learning_rate: float,
+    min_learning_rate_ratio: float,
+    warmup_steps: int,
+    decay_steps: int | None,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    lambda_P_final: float | None,
+    lambda_P_anneal_steps: int,
+) -> None:
+    infinity = float("inf")
+    allowed = {
+        "learning_rate": (learning_rate, 0 < learning_rate < infinity, "a finite number above 0"),
+        "min_learning_rate_ratio": (min_learning_rate_ratio, 0 <= min_learning_rate_ratio <= 1, "a number from 0 to 1"),
+        "warmup_steps": (warmup_steps, warmup_steps >= 0, "0 or more steps"),
+        "decay_steps": (decay_steps, decay_steps is None or decay_steps >= 1, "at least 1 step, or null for trainer.max_steps"),
+        "weight_decay": (weight_decay, 0 <= weight_decay < infinity, "a finite number of at least 0"),
+        "betas": (betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
+        "eps": (eps, 0 < eps < infinity, "a finite number above 0"),
+        "lambda_P_final": (lambda_P_final, lambda_P_final is None or 0 <= lambda_P_final < infinity, "a finite number of at least 0"),
+        "lambda_P_anneal_steps": (lambda_P_anneal_steps, lambda_P_anneal_steps >= 0, "0 or more steps"),
+    }
+    for name, (value, fine, remedy) in allowed.items():
+        if not fine:
+            raise ValueError(f"model.{name} is {value}; give {remedy}")
