@@ -7,6 +7,26 @@ import torch
 from torch import Tensor, nn
 
 
+def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
+    """Raise ValueError for the first of the module's hyperparameters that cannot be meant."""
+    infinity = float("inf")
+    betas, decay_steps, lambda_P_final = hparams["betas"], hparams["decay_steps"], hparams["lambda_P_final"]
+    fine = {
+        "learning_rate": (0 < hparams["learning_rate"] < infinity, "a finite number above 0"),
+        "min_learning_rate_ratio": (0 <= hparams["min_learning_rate_ratio"] <= 1, "a number from 0 to 1"),
+        "warmup_steps": (hparams["warmup_steps"] >= 0, "0 or more steps"),
+        "decay_steps": (decay_steps is None or decay_steps >= 1, "at least 1 step, or null for trainer.max_steps"),
+        "weight_decay": (0 <= hparams["weight_decay"] < infinity, "a finite number of at least 0"),
+        "betas": (len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers from 0 to below 1"),
+        "eps": (0 < hparams["eps"] < infinity, "a finite number above 0"),
+        "lambda_P_final": (lambda_P_final is None or 0 <= lambda_P_final < infinity, "a finite number of at least 0"),
+        "lambda_P_anneal_steps": (hparams["lambda_P_anneal_steps"] >= 0, "0 or more steps"),
+    }
+    for name, (is_fine, remedy) in fine.items():
+        if not is_fine:
+            raise ValueError(f"model.{name} is {hparams[name]}; give {remedy}")
+
+
 def check_batch_form(batch: Any) -> None:
     """Raise ValueError unless `batch` has integer `input_ids` and `labels` of one shape (B, T), with B and T at least 1.
 

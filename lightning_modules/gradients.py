@@ -60,9 +60,14 @@ def auxiliary_gradient_statistics(network: MMRecModel, batch: Mapping[str, Any])
             auxiliary = torch.autograd.grad(output.auxiliary, parameters, allow_unused=True)
         else:
             auxiliary = [None] * len(parameters)
-    pairs = [(m.float(), torch.zeros_like(m.float()) if a is None else a.float()) for m, a in zip(main, auxiliary, strict=True) if m is not None]
+    pairs = [
+        (m.float(), torch.zeros_like(m, dtype=torch.float32) if a is None else a.float())
+        for m, a in zip(main, auxiliary, strict=True)
+        if m is not None
+    ]
     norm_main = total_norm([m for m, _ in pairs])
     norm_aux = total_norm([a for _, a in pairs])
     inner = torch.stack([(m * a).sum() for m, a in pairs]).sum()
     tiny = torch.finfo(torch.float32).tiny
-    return {"grad_norm_ratio": norm_aux / norm_main.clamp(min=tiny), "grad_cosine": inner / norm_main.clamp(min=tiny) / norm_aux.clamp(min=tiny)}
+    cosine = inner / norm_main.clamp(min=tiny) / norm_aux.clamp(min=tiny)
+    return {"grad_norm_ratio": norm_aux / norm_main.clamp(min=tiny), "grad_cosine": cosine}

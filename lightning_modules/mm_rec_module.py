@@ -12,7 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_token_range, check_vocabulary
+from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_hyperparameters, check_token_range, check_vocabulary
 from lightning_modules.gradients import auxiliary_gradient_statistics, clip_gradients
 from lightning_modules.parameter_groups import parameter_groups
 from lightning_modules.schedules import linear_change, warmup_cosine
@@ -91,27 +91,24 @@ class MMRecLightningModule(LightningModule):
         super().__init__()
         if isinstance(network, Mapping):  # from a checkpoint, where the configuration lies as a plain dict
             network = MMRecConfig(**network)
-        _check_hyperparameters(
-            learning_rate, min_learning_rate_ratio, warmup_steps, decay_steps, weight_decay, betas, eps, lambda_P_final, lambda_P_anneal_steps
-        )
         # Plain types only: a dataclass in a checkpoint cannot be loaded with weights_only=True.
-        self.save_hyperparameters(
-            {
-                "network": asdict(network),
-                "learning_rate": learning_rate,
-                "min_learning_rate_ratio": min_learning_rate_ratio,
-                "warmup_steps": warmup_steps,
-                "decay_steps": decay_steps,
-                "weight_decay": weight_decay,
-                "decay_embeddings": decay_embeddings,
-                "betas": list(betas),
-                "eps": eps,
-                "lambda_P_final": lambda_P_final,
-                "lambda_P_anneal_steps": lambda_P_anneal_steps,
-                "compile_blocks": compile_blocks,
-                "check_batches": check_batches,
-            }
-        )
+        hparams = {
+            "network": asdict(network),
+            "learning_rate": learning_rate,
+            "min_learning_rate_ratio": min_learning_rate_ratio,
+            "warmup_steps": warmup_steps,
+            "decay_steps": decay_steps,
+            "weight_decay": weight_decay,
+            "decay_embeddings": decay_embeddings,
+            "betas": list(betas),
+            "eps": eps,
+            "lambda_P_final": lambda_P_final,
+            "lambda_P_anneal_steps": lambda_P_anneal_steps,
+            "compile_blocks": compile_blocks,
+            "check_batches": check_batches,
+        }
+        check_hyperparameters(hparams)
+        self.save_hyperparameters(hparams)
         self.config = network
         self.network = MMRecModel(network)
         self.last_loss: LossOutput | None = None
@@ -143,7 +140,8 @@ class MMRecLightningModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Refuse what cannot train (precision, vocabulary, no end of the schedule) and compile the blocks where asked."""
         if self.trainer.precision not in SUPPORTED_PRECISIONS:
-            raise ValueError(f"trainer.precision={self.trainer.precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
+            choices = ", ".join(SUPPORTED_PRECISIONS)
+            raise ValueError(f"trainer.precision={self.trainer.precision} is not supported; choose one of {choices}")
         check_vocabulary(getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None), self.config.vocab_size)
         if stage == "fit":
             self._schedule_end()
@@ -178,7 +176,8 @@ class MMRecLightningModule(LightningModule):
             scheduler.scheduler.base_lrs = [base] * len(optimizer.param_groups)
             for group, factor in zip(optimizer.param_groups, scheduler.scheduler.lr_lambdas, strict=True):
                 decay = hparams["weight_decay"] if group["name"] == "decay" else 0.0
-                group.update(lr=base * factor(count), initial_lr=base, weight_decay=decay, betas=tuple(hparams["betas"]), eps=hparams["eps"])
+                group.update(lr=base * factor(count), initial_lr=base, weight_decay=decay)
+                group.update(betas=tuple(hparams["betas"]), eps=hparams["eps"])
 
     # ---- a training step
 
@@ -218,7 +217,7 @@ class MMRecLightningModule(LightningModule):
             self._log_step(step, micro_batches, optimizer.param_groups[0]["lr"])
 
     def _log_step(self, step: int, micro_batches: list[LossOutput], learning_rate: float) -> None:
-        flat = [torch.cat([torch.stack([m.loss, m.main, m.auxiliary]).float(), m.auxiliary_by_layer.float().reshape(-1)]) for m in micro_batches]
+        flat = [torch.cat([torch.stack([m.loss, m.main, m.auxiliary]), m.auxiliary_by_layer]).float() for m in micro_batches]
         mean = self.trainer.strategy.reduce(torch.stack(flat).mean(0), reduce_op="mean")
         self.step_losses = StepLosses(step, mean[0], mean[1], mean[2], mean[3:])
         self._update_tokens_seen()
@@ -288,7 +287,7 @@ class MMRecLightningModule(LightningModule):
             for stem in ([prefix] if index == 0 else []) + ([f"{prefix}/{name}"] if len(self._means) > 1 else []):
                 values |= {f"{stem}/loss": float(loss), f"{stem}/ppl": float(loss.exp())}
         self._means = []
-        if not self.trainer.state.fn == "fit":
+        if self.trainer.state.fn != "fit":
             self.log_dict(values)  # `trainer.validate` prints and returns these
             return
         # Lightning drops what is logged while it checks sanity; here that run is the measurement before the first step.
@@ -330,31 +329,3 @@ class MMRecLightningModule(LightningModule):
 def _detach(output: LossOutput) -> LossOutput:
     diagnostics = {name: value.detach() for name, value in output.diagnostics.items()}
     return LossOutput(*(value.detach() for value in output[:-1]), diagnostics)
-
-
-def _check_hyperparameters(
-    learning_rate: float,
-    min_learning_rate_ratio: float,
-    warmup_steps: int,
-    decay_steps: int | None,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    lambda_P_final: float | None,
-    lambda_P_anneal_steps: int,
-) -> None:
-    infinity = float("inf")
-    allowed = {
-        "learning_rate": (learning_rate, 0 < learning_rate < infinity, "a finite number above 0"),
-        "min_learning_rate_ratio": (min_learning_rate_ratio, 0 <= min_learning_rate_ratio <= 1, "a number from 0 to 1"),
-        "warmup_steps": (warmup_steps, warmup_steps >= 0, "0 or more steps"),
-        "decay_steps": (decay_steps, decay_steps is None or decay_steps >= 1, "at least 1 step, or null for trainer.max_steps"),
-        "weight_decay": (weight_decay, 0 <= weight_decay < infinity, "a finite number of at least 0"),
-        "betas": (betas, len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)"),
-        "eps": (eps, 0 < eps < infinity, "a finite number above 0"),
-        "lambda_P_final": (lambda_P_final, lambda_P_final is None or 0 <= lambda_P_final < infinity, "a finite number of at least 0"),
-        "lambda_P_anneal_steps": (lambda_P_anneal_steps, lambda_P_anneal_steps >= 0, "0 or more steps"),
-    }
-    for name, (value, fine, remedy) in allowed.items():
-        if not fine:
-            raise ValueError(f"model.{name} is {value}; give {remedy}")
