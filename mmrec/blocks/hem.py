@@ -51,27 +51,25 @@ class SeparateProjections(nn.Module):
 
 
 class FusedProjections(nn.Module):
-    """One `nn.Linear` `W_fused : D→5D+P`; the six parts of its output are views, in the order q, k, v, z, p, e."""
+    """One `nn.Linear` `W_fused : D→5D+P`; the six parts of its output are views, in the order q, k, v, z, p, e.
+
+    It starts as the same function as a `SeparateProjections` drawn from the same random state.
+    """
 
     def __init__(self, model_dim: int, pe_dim: int, initializer_range: float = 0.02) -> None:
         super().__init__()
         self.model_dim, self.pe_dim, self.initializer_range = model_dim, pe_dim, initializer_range
-        self.W_fused = nn.Linear(model_dim, 5 * model_dim + pe_dim)
-        self.reset_parameters()
+        separate = SeparateProjections(model_dim, pe_dim, initializer_range)
+        with torch.device("meta"):  # no second draw from the random state
+            self.W_fused = nn.Linear(model_dim, 5 * model_dim + pe_dim)
+        if not separate.W_q.weight.is_meta:
+            self.W_fused.to_empty(device=separate.W_q.weight.device)
+            _fold_into(self, separate)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Rows of q, k, v, z, p and e in `W_fused`."""
         return (self.model_dim,) * 4 + (self.pe_dim, self.model_dim)
-
-    def reset_parameters(self) -> None:
-        """The same function as a `SeparateProjections` drawn from the same random state."""
-        weight = self.W_fused.weight
-        if weight.is_meta:
-            return
-        with torch.device(weight.device):
-            separate = SeparateProjections(self.model_dim, self.pe_dim, self.initializer_range)
-        _fold_into(self, separate)
 
     def forward(self, x: Tensor) -> Projections:
         """(B, T, D) to the six parts, views of one tensor."""

@@ -81,4 +81,5 @@ class HeadDecay(Float32Parameters):
         """(B, T, D) of any float dtype to log α, (B, T, H), in the parameters' dtype (fp32)."""
         with torch.autocast(x_BTD.device.type, enabled=False):
             logits_BTH = F.linear(x_BTD.to(self.w_alpha.dtype), self.w_alpha, self.dt_bias)
-            return -self.A_log.exp() * F.softplus(logits_BTH)
+            # logsigmoid(−x) = −softplus(x); softplus' own backward promises torch.compile strides that it does not keep (torch 2.13).
+            return self.A_log.exp() * F.logsigmoid(-logits_BTH)

@@ -1,0 +1,116 @@
+"""A block: which operators it calls, its state, what it refuses."""
+
+import pytest
+import torch
+from support import assert_same
+
+from mmrec.blocks import mm_rec_block
+from mmrec.blocks.mm_rec_block import MMRecBlock, l2norm
+
+
+def block(**fields) -> MMRecBlock:
+    return MMRecBlock(**{"model_dim": 32, "num_heads": 2, "pe_dim": 8, **fields})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({}, {"gated_scan": 2, "memory_scan": 2}),
+        ({"state_gate": False}, {"linear_scan": 2, "exp_product_scan": 1, "memory_scan": 2}),
+    ],
+    ids=["state gate", "linear"],
+)
+def test_the_block_calls_its_operators(fields: dict, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: dict[str, int] = {}
+    for name in ("exp_product_scan", "gated_scan", "linear_scan", "memory_scan"):
+        original = getattr(mm_rec_block, name)
+
+        def counting(*args, _name=name, _original=original, **kwargs):
+            calls[_name] = calls.get(_name, 0) + 1
+            return _original(*args, **kwargs)
+
+        monkeypatch.setattr(mm_rec_block, name, counting)
+    one = block(**fields)
+    _, state = one(torch.randn(2, 5, 32), return_state=True)
+    one(torch.randn(2, 5, 32), state=state)
+    assert calls == expected
+
+
+def test_the_linear_form_is_the_core_formula_with_no_state_in_the_gate() -> None:
+    torch.manual_seed(2)
+    gated = block(decay_accum_dtype="float64").double()
+    torch.manual_seed(2)
+    linear = block(state_gate=False, decay_accum_dtype="float64").double()
+    assert not linear.state_gate.w_g.requires_grad
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    reset = torch.zeros(2, 20, dtype=torch.bool)
+    reset[0, [3, 9]] = True
+    state = None
+    for piece, mask in ((x, None), (x, reset), (x, None)):
+        expected, expected_state = gated(piece, state=state, reset=mask, return_state=True)
+        actual, state = linear(piece, state=state, reset=mask, return_state=True)
+        assert_same(actual, expected)
+        assert_same(state.h, expected_state.h)
+
+
+@pytest.mark.parametrize("use_dpg", [True, False], ids=["DPG", "MDI"])
+@pytest.mark.parametrize("state_gate", [True, False], ids=["gated", "linear"])
+def test_split_and_carried_equals_whole(state_gate: bool, use_dpg: bool) -> None:
+    one = block(state_gate=state_gate, use_dpg=use_dpg).double()
+    with torch.no_grad():
+        one.state_gate.w_g.normal_() if state_gate else None
+    x = torch.randn(2, 20, 32, dtype=torch.float64)
+    whole, last = one(x, return_state=True)
+    head, state = one(x[:, :7], return_state=True)
+    tail, state = one(x[:, 7:], state=state, return_state=True)
+    assert_same(torch.cat([head, tail], 1), whole)
+    assert_same(state.h, last.h)
+    assert_same(state.M, last.M)
+
+
+def test_use_hem_cannot_be_assigned() -> None:
+    one = block()
+    assert one.use_hem is True
+    with pytest.raises(AttributeError, match=r"use_hem cannot be assigned.*set_hem\(False\)"):
+        one.use_hem = False
+    assert one.use_hem is True
+
+
+def test_l2norm_of_a_zero_vector_is_zero_with_a_finite_gradient() -> None:
+    x = torch.zeros(1, 4, requires_grad=True)
+    l2norm(x).sum().backward()
+    assert torch.equal(l2norm(x), torch.zeros(1, 4))
+    assert x.grad.isfinite().all()
+    assert_same(l2norm(torch.randn(5, 64)).norm(dim=-1), torch.ones(5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pe_dim": 5}, "pe_dim = 5 does not divide model_dim = 32"),
+        ({"num_heads": 3}, "num_heads = 3 does not divide model_dim = 32"),
+        ({"planning_loss": "l1"}, "planning_loss is 'l1'; choose one of mse, normalized"),
+        ({"model_dim": 0}, "model_dim is 0; give a whole number"),
+        ({"dpg_rank": 1.5}, "dpg_rank is 1.5"),
+        ({"lambda_P": float("nan")}, "lambda_P is nan"),
+        ({"norm_eps": 0.0}, "norm_eps is 0.0"),
+    ],
+)
+def test_bad_sizes_are_refused_in_one_line(fields: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        block(**fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("orthogonalize", [True, False])
+def test_a_compiled_block_equals_the_eager_one(orthogonalize: bool) -> None:
+    one = block(orthogonalize=orthogonalize)
+    x = torch.randn(2, 9, 32)
+    results = []
+    for function in (one, torch.compile(one, backend="aot_eager", fullgraph=True)):
+        one.zero_grad()
+        y, planning = function(x, return_auxiliary_loss=True)
+        (y.square().mean() + planning.mean()).backward()
+        results.append((y.detach(), one.projections.W_fused.weight.grad.clone()))
+    for actual, expected in zip(results[1], results[0], strict=True):
+        assert_same(actual, expected)
