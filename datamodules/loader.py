@@ -1,0 +1,102 @@
+"""The training loader: torchdata's StatefulDataLoader with the mends that an exact resume through Lightning needs.
+
+- It has a length: Lightning prefetches a batch from loaders without one, and each resume would skip a batch.
+- Its state is that of every rank: Lightning stores what rank 0 returns, and the others would resume at rank 0's place.
+- The state outlives the iterator, which Lightning drops at the end of `fit`; a checkpoint saved afterwards would start over.
+- `iter()` goes on where the loader is: a new Lightning epoch is not a new pass over the data.
+- It draws nothing from torch's global random numbers, so that a loader more or less does not change a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import IterableDataset
+from torchdata.stateful_dataloader import StatefulDataLoader
+
+from datamodules.windows import Batch
+
+# Runs are measured in steps (`trainer.max_steps`); one Lightning epoch is as good as endless unless `trainer.limit_train_batches` cuts it.
+ENDLESS = 10**12
+_FORMAT = 1
+
+
+class ResumableDataLoader(StatefulDataLoader[Batch]):
+    """Endless loader of whole batches whose `state_dict` holds every rank's position.
+
+    Args:
+        dataset: yields batches without end; its iterator has `state_dict` and `load_state_dict`.
+        num_workers: worker processes.
+        rank, world_size: this process among those that train together.
+        identity: plain values, by name, that a resumed run must share, e.g. the corpus' fingerprint. A difference is refused on load.
+    """
+
+    def __init__(self, dataset: IterableDataset[Batch], *, num_workers: int, rank: int, world_size: int, identity: dict[str, Any]) -> None:
+        self._live: Any = None
+        self._rank, self._world_size, self._identity = rank, world_size, {**identity, "num_workers": num_workers}
+        super().__init__(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(0),
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    @property
+    def _iterator(self) -> Any:
+        return self._live
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        if iterator is None and self._live is not None:
+            self.next_iter_state = self._live.state_dict()
+        self._live = iterator
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._live is not None:
+            self._initial_iter_for_state_dict = False
+            return self._live
+        return super().__iter__()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The positions of all ranks; with `torch.distributed` up a collective call, the same on every rank."""
+        own = self.next_iter_state if self._live is None and self.next_iter_state is not None else super().state_dict()
+        ranks: list[Any] = [own]
+        if self._world_size > 1:
+            ranks = [None] * self._world_size
+            dist.all_gather_object(ranks, own)
+        return {"format": _FORMAT, "world_size": self._world_size, "identity": dict(self._identity), "ranks": ranks}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go to this rank's position.
+
+        Raises:
+            ValueError: the state belongs to another world size, corpus or setting; one line says which.
+        """
+        if state_dict.get("format") != _FORMAT:
+            raise ValueError(
+                "cannot resume: the checkpoint holds no position of this data loader; start a new run or use its own data module"
+            )
+        world_size = state_dict["world_size"]
+        if world_size != self._world_size:
+            raise ValueError(
+                f"cannot resume: the checkpoint was written by {world_size} process(es), this run has {self._world_size}; "
+                f"start {world_size} (trainer.devices, trainer.num_nodes)"
+            )
+        for name, now in self._identity.items():
+            then = state_dict["identity"].get(name)
+            if then == now:
+                continue
+            if name in ("corpus", "tokenizer"):
+                raise ValueError(
+                    f"cannot resume: the {name} changed since the checkpoint was written (fingerprint {str(then)[:12]}, now {str(now)[:12]}); "
+                    "restore the files or start a new run"
+                )
+            raise ValueError(f"cannot resume: data.{name} was {then!r} when the checkpoint was written, now it is {now!r}; set it back")
+        super().load_state_dict(state_dict["ranks"][self._rank])
