@@ -1,0 +1,97 @@
+"""RandomStates: the random states of every rank travel with the checkpoint, and validation leaves them alone."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+KEY = "random_states"
+
+
+def collect_random_states() -> dict[str, Any]:
+    """This process's states of `random`, `numpy.random`, torch and all CUDA devices, in types that `weights_only=True` loads."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    states: dict[str, Any] = {
+        "python": {"version": version, "internal": torch.tensor(internal, dtype=torch.int64), "gauss": gauss},
+        "numpy": {
+            "name": str(name),
+            "keys": torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            "position": int(position),
+            "has_gauss": int(has_gauss),
+            "cached": float(cached),
+        },
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Set what `collect_random_states` returned. CUDA's states are set where as many devices are visible as then."""
+    python, numpy = states["python"], states["numpy"]
+    random.setstate((python["version"], tuple(python["internal"].tolist()), python["gauss"]))
+    keys = numpy["keys"].numpy().astype(np.uint32)
+    np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
+    torch.set_rng_state(states["torch"].cpu())
+    cuda = states.get("cuda", [])
+    if cuda and torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([state.cpu() for state in cuda])
+
+
+class RandomStates(Callback):
+    """Stores the random states of all ranks in every checkpoint and restores each rank's own before its first batch.
+
+    A validation within `fit` ends with the states it began with, so that a run that validates draws the same numbers as one that was
+    stopped before it.
+    """
+
+    def __init__(self) -> None:
+        self._to_restore: dict[str, Any] | None = None
+        self._before_validation: dict[str, Any] | None = None
+        self._torch_after_step: torch.Tensor | None = None
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Gather every rank's states; all ranks take part."""
+        own = self._before_validation if self._before_validation is not None else collect_random_states()
+        gathered: list[Any] = [own]
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, own)
+        checkpoint[KEY] = gathered
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep this rank's states until training starts."""
+        if trainer.state.fn != "fit":
+            return
+        gathered = checkpoint.get(KEY)
+        if gathered is None or len(gathered) != trainer.world_size:
+            found = "none" if gathered is None else f"those of {len(gathered)} processes"
+            rank_zero_warn(f"the checkpoint holds {found} of the random states needed for {trainer.world_size}; they start anew")
+            return
+        self._to_restore = gathered[trainer.global_rank]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore, after the loaders were set up (that draws numbers) and before the first batch."""
+        if self._to_restore is not None:
+            restore_random_states(self._to_restore)
+            self._to_restore = None
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Remember torch's state (5 kB): a validation loader draws its seed from it before any hook of the validation runs."""
+        self._torch_after_step = torch.get_rng_state()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remember the states."""
+        if trainer.state.fn == "fit" and self._torch_after_step is not None:
+            self._before_validation = {**collect_random_states(), "torch": self._torch_after_step}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put them back."""
+        if self._before_validation is not None:
+            restore_random_states(self._before_validation)
+            self._before_validation = None
