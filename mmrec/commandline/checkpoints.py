@@ -1,0 +1,87 @@
+"""Reading checkpoints without running what they hold: tensors and plain types only."""
+
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_modules.checks import check_checkpoint_shapes
+from mmrec.config import MMRecConfig
+from mmrec.model import MMRecModel
+
+_PREFIX = "network."  # where the network lies in the LightningModule
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, tensors mapped from the file and not read until used.
+
+    Raises:
+        ValueError: a file that is damaged, no checkpoint, or holds objects that would have to run code to be loaded.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"checkpoint {path} is refused: it holds more than tensors and plain types, or is damaged") from error
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise ValueError(f"checkpoint {path} is damaged or no checkpoint ({str(error).splitlines()[0] or type(error).__name__})") from error
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+        raise ValueError(f"checkpoint {path} holds no state_dict: it was not written by `fit`")
+    return checkpoint
+
+
+def network_config(checkpoint: Mapping[str, Any], path: Path) -> MMRecConfig:
+    """The network's configuration that the LightningModule stored.
+
+    Raises:
+        ValueError: none there, or one of another version.
+    """
+    fields = checkpoint.get("hyper_parameters", {}).get("network")
+    if not isinstance(fields, dict):
+        raise ValueError(f"checkpoint {path} does not say which network it holds; it was not written by `fit`")
+    try:
+        return MMRecConfig(**fields)
+    except TypeError as error:
+        raise ValueError(f"checkpoint {path} is of another version of this code: {error}") from error
+
+
+def require_fitting_checkpoint(path: Path, config: MMRecConfig) -> None:
+    """Compare a checkpoint's shapes with a network's, on the meta device: before anything of it is built.
+
+    Raises:
+        ValueError: naming the first parameter that does not fit.
+    """
+    checkpoint = read_checkpoint(path)
+    with torch.device("meta"):
+        network = MMRecModel(config)
+    check_checkpoint_shapes(checkpoint, nn.ModuleDict({"network": network}), asdict(config))
+
+
+def load_network(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> MMRecModel:
+    """The network of a checkpoint for inference: evaluation mode, UBÖO's projections neither built nor read.
+
+    Args:
+        path: a checkpoint that `fit` wrote.
+        device: where to put it.
+        dtype: of the weights, but for those that stay in fp32; None: as in the checkpoint.
+
+    Raises:
+        ValueError: see `read_checkpoint` and `network_config`; or weights that do not fit the configuration.
+    """
+    checkpoint = read_checkpoint(path)
+    config = network_config(checkpoint, path)
+    fields = {**asdict(config), "use_uboo": False, "activation_checkpointing": False}
+    with torch.device("meta"):
+        network = MMRecModel(MMRecConfig(**fields))
+    weights = {name.removeprefix(_PREFIX): value for name, value in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
+    wanted = network.state_dict()
+    missing = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
+    if missing:
+        raise ValueError(f"checkpoint {path} is damaged: {missing[0]} is missing or of another shape than its configuration says")
+    network.load_state_dict({name: weights[name].to(device, copy=True) for name in wanted}, assign=True)  # copies: the file may go
+    if config.tie_embeddings:
+        network.head.weight = network.embedding.weight
+    return network.to(dtype=dtype).eval() if dtype is not None else network.eval()

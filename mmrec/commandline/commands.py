@@ -1,0 +1,52 @@
+"""The list of commands: Lightning's four, and ours with the modules that run them."""
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from mmrec.commandline.nearest import did_you_mean, nearest_name
+from mmrec.commandline.parser import OneLineErrors
+
+
+class Command(NamedTuple):
+    """A command of our own; its module is imported when it is needed and not before.
+
+    Attributes:
+        module: where `build_parser()` and `run(arguments)` are.
+    """
+
+    module: str
+
+    def build_parser(self) -> OneLineErrors:
+        """The command's parser."""
+        build: Callable[[], OneLineErrors] = import_module(self.module).build_parser
+        return build()
+
+    def run(self, arguments: Sequence[str]) -> None:
+        """Run the command on what follows its name."""
+        import_module(self.module).run(arguments)
+
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+OUR_COMMANDS = {
+    "generate": Command("mmrec.commandline.command_generate"),
+    "prepare": Command("mmrec.commandline.command_prepare"),
+    "configs": Command("mmrec.commandline.command_configs"),
+}
+
+
+def chosen_command(arguments: Sequence[str]) -> str | None:
+    """The command that the arguments begin with; None where they begin with an option, such as `--help`.
+
+    Raises:
+        ValueError: no command, or one that does not exist.
+    """
+    names = (*TRAINER_COMMANDS, *OUR_COMMANDS)
+    if not arguments:
+        raise ValueError(f"no command given; choose one of {', '.join(names)}, or --help")
+    first = arguments[0]
+    if first.startswith("-"):
+        return None
+    if first not in names:
+        raise ValueError(f"no command {first}{did_you_mean(nearest_name(first, names))} Commands: {', '.join(names)}")
+    return first

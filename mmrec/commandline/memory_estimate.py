@@ -1,0 +1,91 @@
+"""How much memory and how many tokens a config asks for, from its sizes alone; nothing is allocated."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmrec.config import MMRecConfig
+from mmrec.model import MMRecModel
+
+# Elements kept for the backward pass of one block, a token, in the plain PyTorch form: measured with saved-tensor hooks.
+_KEPT_PER_CHANNEL = 40
+_KEPT_PER_FFN_CHANNEL = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a config needs; bytes are for one GPU, with data parallelism, where every GPU holds everything.
+
+    Attributes:
+        name: the config's name.
+        shape: layers × width.
+        parameters: all, and `parameters_inference` without UBÖO's projections.
+        weights, gradients, optimizer: bytes, exact but for the few parameters that stay in fp32.
+        activations: bytes, an estimate.
+        tokens_per_step, tokens: that one GPU reads in an optimiser step, and in the whole run; None where the run has no end.
+    """
+
+    name: str
+    shape: str
+    precision: str
+    parameters: int
+    parameters_inference: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    tokens_per_step: int
+    tokens: int | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all four."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimate:
+    """Estimate a config's needs.
+
+    Args:
+        name: shown in the table.
+        content: a config's merged content, as read from YAML.
+        devices: GPUs; the tokens of the run are multiplied by it.
+
+    Raises:
+        ValueError: a network that cannot be built.
+    """
+    trainer, data = content.get("trainer") or {}, (content.get("data") or {}).get("init_args") or {}
+    config = MMRecConfig(**((content.get("model") or {}).get("network") or {}))
+    with torch.device("meta"):
+        network = MMRecModel(config)
+    parameters = network.num_parameters()
+    precision = str(trainer.get("precision", "32-true"))
+    bytes_each = 2 if precision == "bf16-true" else 4
+    # Autocast keeps a bf16 copy of every weight from its first use in a step to the end of it.
+    casts = 2 if precision == "bf16-mixed" else 0
+    batch, seq_len = int(data.get("batch_size", 8)), int(data.get("seq_len", 2048))
+    tokens_per_step = batch * seq_len * int(trainer.get("accumulate_grad_batches", 1)) * devices
+    steps = int(trainer.get("max_steps", -1))
+    return Estimate(
+        name=name,
+        shape=f"{config.num_layers} × {config.model_dim}",
+        precision=precision,
+        parameters=parameters,
+        parameters_inference=network.num_parameters(training_only=False),
+        weights=parameters * (bytes_each + casts),
+        gradients=parameters * bytes_each,
+        optimizer=2 * parameters * bytes_each,
+        activations=_activations(config, batch * seq_len, 2 if precision.startswith("bf16") else 4),
+        tokens_per_step=tokens_per_step,
+        tokens=steps * tokens_per_step if steps > 0 else None,
+    )
+
+
+def _activations(config: MMRecConfig, tokens: int, bytes_each: int) -> int:
+    """Bytes kept between forward and backward, and those of one chunk of logits."""
+    block = tokens * (_KEPT_PER_CHANNEL * config.model_dim + _KEPT_PER_FFN_CHANNEL * config.ffn_width) * bytes_each
+    layers = tokens * config.model_dim * bytes_each * config.num_layers + block if config.activation_checkpointing else block * config.num_layers
+    logits = 2 * min(tokens, config.loss_chunk_size) * config.vocab_size * 4
+    return layers + logits

@@ -1,0 +1,57 @@
+"""What can be known to be wrong before anything is built or written."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from lightning_modules.checks import check_vocabulary
+from lightning_modules.mm_rec_module import SUPPORTED_PRECISIONS
+from mmrec.commandline.checkpoints import require_fitting_checkpoint
+from mmrec.commandline.class_paths import imported_class
+from mmrec.commandline.errors import BadInput
+from mmrec.config import MMRecConfig
+
+
+def require_groups(config: Namespace, keys: Sequence[str]) -> None:
+    """Raise BadInput where a key that holds further keys was given a plain value: jsonargparse lets `trainer: 3` pass."""
+    for key in keys:
+        if key in config and not isinstance(config[key], Namespace | Mapping):
+            raise BadInput(f"{key}: expected a mapping of keys to values, got {config[key]!r}")
+
+
+def check_before_building(config: Namespace, checkpoint: Path | None) -> None:
+    """Check sizes, data, vocabulary and checkpoint of a parsed run config; a few seconds at most, nothing is written.
+
+    Args:
+        config: one subcommand's config.
+        checkpoint: the checkpoint that will be loaded, if any.
+
+    Raises:
+        ValueError, OSError: one line each, as the part concerned says it.
+    """
+    network = MMRecConfig(**config.model.network.as_dict())
+    precision = config.trainer.precision
+    if precision is not None and _full_precision_name(precision) not in SUPPORTED_PRECISIONS:
+        raise BadInput(f"trainer.precision: {precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
+    data = build_data_module(config.data)
+    if hasattr(data, "check"):
+        data.check()
+    check_vocabulary(getattr(data, "vocab_size", None), network.vocab_size)
+    if checkpoint is not None:
+        require_fitting_checkpoint(checkpoint, network)
+
+
+def build_data_module(spec: Namespace) -> Any:
+    """The data module that a class path and its arguments describe; it opens nothing before its `setup`."""
+    cls = imported_class(spec.class_path)
+    if cls is None:
+        raise BadInput(f"data: no class {spec.class_path}")
+    arguments = spec.get("init_args") or Namespace()
+    return cls(**arguments.as_dict())
+
+
+def _full_precision_name(precision: str | int) -> str:
+    short = {"16": "16-mixed", "bf16": "bf16-mixed", "32": "32-true", "64": "64-true"}
+    return short.get(str(precision), str(precision))

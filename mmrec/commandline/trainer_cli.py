@@ -1,0 +1,225 @@
+"""`fit`, `validate`, `test` and `predict`: Lightning's CLI with a run folder, our callbacks and one-line errors."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser, Namespace
+from jsonargparse.typing import PositiveInt
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
+
+from callbacks import (
+    AtomicCheckpointIO,
+    AuxiliaryLossCurves,
+    GPUMemoryProfile,
+    RandomStates,
+    RunCheckpoint,
+    StepLatency,
+    TrainingProgressBar,
+)
+from datamodules import C4DataModule
+from lightning_modules import MMRecLightningModule
+from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
+from mmrec.commandline.arguments import expand_configs
+from mmrec.commandline.commands import OUR_COMMANDS
+from mmrec.commandline.errors import BadInput
+from mmrec.commandline.parser import PROGRAM, OneLineErrors
+from mmrec.commandline.preflight import check_before_building, require_groups
+from mmrec.commandline.run_folder import RunFolder, default_root
+
+DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
+CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
+    "memory_profile": GPUMemoryProfile,
+    "step_latency": StepLatency,
+    "auxiliary_curves": AuxiliaryLossCurves,
+}
+CallbackName = Literal["memory_profile", "step_latency", "auxiliary_curves"]
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "num_sanity_val_steps": -1,  # the validation before the first step is a measurement: all of it, logged at step 0
+    "use_distributed_sampler": False,  # the data modules divide their samples among the ranks themselves
+    "gradient_clip_val": 1.0,
+}
+
+
+class RunParser(OneLineErrors, LightningArgumentParser):
+    """Lightning's parser with errors of one line."""
+
+    def known_classes(self) -> list[str]:
+        """Callbacks, loggers and data modules that have been imported."""
+        return subclass_names(Callback, Logger, LightningDataModule)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder, over the one of an earlier start."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Nothing yet: what the data, the module or the checkpoint refuse must leave no file behind."""
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write, once everything is set up and the checkpoint's weights are loaded; on rank 0."""
+        if trainer.is_global_zero:
+            path = RunFolder(Path(trainer.default_root_dir)).config
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(path), overwrite=True, multifile=False)
+
+
+class RunCLI(LightningCLI):
+    """Lightning's CLI for MM-Rec.
+
+    Args:
+        arguments: what follows the program's name, configs expanded.
+        config_names: names given to `--config`; they name the run's folder.
+        other_commands: parsers of the commands that run elsewhere, for the help.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], config_names: Sequence[str] = (), other_commands: Mapping[str, ArgumentParser] | None = None
+    ) -> None:
+        restrict_class_paths()
+        self._config_names = config_names
+        self._other_commands = other_commands or {}
+        self._checkpoint: Path | None = None
+        super().__init__(
+            MMRecLightningModule,
+            LightningDataModule,
+            save_config_callback=SaveRunConfig,
+            trainer_defaults=TRAINER_DEFAULTS,
+            seed_everything_default=0,
+            parser_class=RunParser,
+            parser_kwargs={"prog": PROGRAM, "description": DESCRIPTION},
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            # A checkpoint must not name the function that rebuilds it; `generate` reads the network's fields instead.
+            load_from_checkpoint_support=False,
+            args=list(arguments),
+        )
+
+    # ---- the parser
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's own, without the switch that would let checkpoints run code."""
+        return {name: skipped | {"weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Our own keys beside `trainer`, `model` and `data`."""
+        parser.set_defaults({"data": {"class_path": f"{C4DataModule.__module__}.{C4DataModule.__qualname__}"}})
+        parser.add_argument(
+            "--checkpoint_every", type=PositiveInt, default=1000, help="Optimiser steps between two writings of checkpoints/last.ckpt."
+        )
+        parser.add_argument(
+            "--disable_callbacks",
+            type=list[CallbackName],
+            default=[],
+            help="Which of our default callbacks to leave out; trainer.callbacks holds further ones and does not replace these.",
+        )
+        for key, callback in CONFIGURABLE_CALLBACKS.items():
+            parser.add_lightning_class_args(callback, key)
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand != "fit":
+            parser.set_defaults({"ckpt_path": "last"})  # random weights are never what is to be evaluated
+        return parser
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for name, other in self._other_commands.items():
+            parser._subcommands_action.add_subcommand(name, other, help=other.description)
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; Lightning's own warns wherever arguments are handed in."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would let the hyperparameters in a checkpoint override the command line's (its issue 21455)."""
+
+    # ---- before anything is built
+
+    @property
+    def run_config(self) -> Namespace:
+        """The chosen subcommand's part of the config."""
+        return self.config[self.config["subcommand"]]
+
+    def before_instantiate_classes(self) -> None:
+        """Settle the run folder and the checkpoint, and check everything that can be checked without building."""
+        config, fitting = self.run_config, self.config["subcommand"] == "fit"
+        require_groups(config, ["trainer", "model", "model.network", "data", *CONFIGURABLE_CALLBACKS])
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = str(default_root(self._config_names))
+        self.folder = RunFolder(Path(config.trainer.default_root_dir))
+        # The saved config must not say where it was resumed from: the next start may be another.
+        ckpt_path, config.ckpt_path = config.ckpt_path, None
+        if ckpt_path is not None:
+            self._checkpoint = self.folder.find_checkpoint(ckpt_path)
+            if self._checkpoint is None and not fitting:
+                raise FileNotFoundError(f"no checkpoint under {self.folder.checkpoints}; give --ckpt_path FILE or run fit first")
+        check_before_building(config, self._checkpoint)
+        if fitting:
+            self.folder.require_writable()
+            if ckpt_path is not None and self._checkpoint is None:
+                say(f"no checkpoint under {self.folder.checkpoints}, starting at step 0")
+
+    # ---- building
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The Trainer with the run folder's logger, our callbacks and the atomic writing of checkpoints."""
+        config = {**self.config_init[self.subcommand]["trainer"].as_dict(), **kwargs}
+        fitting = self.subcommand == "fit"
+        if config["logger"] is None or config["logger"] is True:
+            folder = self.folder
+            config["logger"] = TensorBoardLogger(folder.root, name=folder.tensorboard.name, version="") if fitting else False
+        plugins = config["plugins"] if isinstance(config["plugins"], list) else [config["plugins"]] if config["plugins"] else []
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
+        config["plugins"] = plugins
+        try:
+            return self._instantiate_trainer(config, self._our_callbacks(config))
+        except (ValueError, ModuleNotFoundError) as error:  # an unknown strategy, a plugin that is not installed
+            raise BadInput(f"trainer: {error}") from error
+
+    def _our_callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
+        run = self.config_init[self.subcommand]
+        ours: list[Callback] = [run[key] for key in CONFIGURABLE_CALLBACKS if key not in run["disable_callbacks"]]
+        if config["enable_progress_bar"] is not False:
+            ours.append(TrainingProgressBar())
+        if self.subcommand == "fit":
+            ours.append(RandomStates())
+            if config["enable_checkpointing"] is not False:
+                ours.append(RunCheckpoint(dirpath=str(self.folder.checkpoints), every_n_steps=run["checkpoint_every"]))
+        return ours
+
+    # ---- running
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        return {**kwargs, "ckpt_path": None if self._checkpoint is None else str(self._checkpoint), "weights_only": True}
+
+    def after_fit(self) -> None:
+        """Say where the run's files lie."""
+        if self.trainer.fast_dev_run:
+            return
+        say(f"TensorBoard logs: {self.folder.tensorboard} (tensorboard --logdir {self.folder.tensorboard})")
+        if self.folder.last_checkpoint.is_file():
+            say(f"last checkpoint: {self.folder.last_checkpoint}")
+
+
+@rank_zero_only
+def say(line: str) -> None:
+    """Print one line, once however many processes train."""
+    print(line, flush=True)
+
+
+def run_trainer(arguments: Sequence[str]) -> None:
+    """Run one of Lightning's commands, or show the help of all.
+
+    Args:
+        arguments: what follows the program's name, as typed.
+    """
+    expanded = expand_configs(arguments)
+    listed = {} if arguments[0] in RunCLI.subcommands() else {name: command.build_parser() for name, command in OUR_COMMANDS.items()}
+    RunCLI(expanded.arguments, expanded.config_names, listed)
