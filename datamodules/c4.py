@@ -185,10 +185,7 @@ class C4DataModule(PackedDataModule):
         """Open the source. Called in every process; it does nothing the second time."""
         if self._train is not None:
             return
-        if self.source in ("sample", "tokens"):
-            corpus = self._setup_tokens()
-        else:
-            corpus = self._setup_text()
+        corpus = self._setup_tokens() if self.source in ("sample", "tokens") else self._setup_text()
         options = asdict(self.options)
         if self.source in ("sample", "tokens"):
             options = {name: options[name] for name in ("seq_len", "batch_size", "seed", "shuffle", "reset_at_documents")}

@@ -1,8 +1,8 @@
 """Documents from C4's JSON lines: `{"text", "timestamp", "url"}`, one object a line, plain or compressed.
 
-Lines are split and decoded here, byte for byte, because one bad line must cost one line. The `json` builder of HF `datasets` drops a whole file
-at its first bad line; its `text` builder ignores `encoding` and `encoding_errors` on compressed files (seen in datasets 5.2: `xopen` does not
-hand them on), so that one bad byte raises UnicodeDecodeError and loses the rest of the shard.
+Lines are split and decoded here, byte for byte, because one bad line must cost one line. The `json` builder of HF `datasets` drops a
+whole file at its first bad line; its `text` builder ignores `encoding` and `encoding_errors` on compressed files (seen in datasets 5.2:
+`xopen` does not hand them on), so that one bad byte raises UnicodeDecodeError and loses the rest of the shard.
 """
 
 from __future__ import annotations
@@ -152,8 +152,8 @@ def resolve_files(patterns: str | Sequence[str], name: str) -> list[str]:
 def probe_files(files: Sequence[str], name: str, max_bad_line_share: float, *, most_files: int = 8, most_lines: int = 50) -> None:
     """Look at the first lines of some files, spread over the list, before anything is built.
 
-    A file that ends within the probe is judged by its share of bad lines like any other; a longer one only fails when no probed line is good,
-    since a few early bad lines say little about the whole.
+    A file that ends within the probe is judged by its share of bad lines like any other; a longer one only fails when no probed line is
+    good, since a few early bad lines say little about the whole.
 
     Raises:
         ValueError: see above, or damaged compression.

@@ -95,8 +95,8 @@ class ResumableDataLoader(StatefulDataLoader[Batch]):
                 continue
             if name in ("corpus", "tokenizer"):
                 raise ValueError(
-                    f"cannot resume: the {name} changed since the checkpoint was written (fingerprint {str(then)[:12]}, now {str(now)[:12]}); "
-                    "restore the files or start a new run"
+                    f"cannot resume: the {name} changed since the checkpoint was written (fingerprint {str(then)[:12]}, "
+                    f"now {str(now)[:12]}); restore the files or start a new run"
                 )
             raise ValueError(f"cannot resume: data.{name} was {then!r} when the checkpoint was written, now it is {now!r}; set it back")
         super().load_state_dict(state_dict["ranks"][self._rank])

@@ -1,7 +1,8 @@
 """A seeded permutation of `range(n)` that is computed element by element: no table, whatever n.
 
-A Feistel network over the smallest even number of bits that holds n is a bijection of that power of two; values that fall outside `range(n)` are
-sent through it again until they fall inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002).
+A Feistel network over the smallest even number of bits that holds n is a bijection of that power of two; values that fall outside
+`range(n)` are sent through it again until they fall inside ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains,
+CT-RSA 2002).
 """
 
 from __future__ import annotations

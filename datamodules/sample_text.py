@@ -1,8 +1,8 @@
 """The built-in sample: documents in C4's form, written by a generator of ours.
 
-An invented lexicon with Zipfian use, a small grammar with agreement, topics that colour a document's choice of words, and people whose home, trade
-and belongings are told once and asked for again later, so that memory pays. Every draw is `random.Random(seed).random()`, the one method
-whose sequence Python guarantees for all versions, and `int(x * n)`: the text is the same on every machine.
+An invented lexicon with Zipfian use, a small grammar with agreement, topics that colour a document's choice of words, and people whose
+home, trade and belongings are told once and asked for again later, so that memory pays. Every draw is `random.Random(seed).random()`, the
+one method whose sequence Python guarantees for all versions, and `int(x * n)`: the text is the same on every machine.
 """
 
 from __future__ import annotations
@@ -13,14 +13,17 @@ from dataclasses import dataclass
 
 GENERATOR_VERSION = 1
 _LEXICON_SEED = 20_240_229
-_ONSETS = "b br c cl d dr f fl g gl gr h j k l m n p pl pr qu r s sh sk st str t th tr v w z".split()
-_VOWELS = "a e i o u ai ea oa ou".split()
+_ONSETS = [
+    "b", "br", "c", "cl", "d", "dr", "f", "fl", "g", "gl", "gr", "h", "j", "k", "l", "m", "n",
+    "p", "pl", "pr", "qu", "r", "s", "sh", "sk", "st", "str", "t", "th", "tr", "v", "w", "z",
+]  # fmt: skip
+_VOWELS = ["a", "e", "i", "o", "u", "ai", "ea", "oa", "ou"]
 _CODAS = ["", "", "", "l", "m", "n", "nd", "nt", "r", "rk", "rn", "s", "st", "t"]
 _TABLE = 4096
 _NUM_TOPICS = 24
-_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-_SEASONS = "spring summer autumn winter".split()
-_NUMBERS = "two three four five six seven eight nine ten eleven twelve twenty thirty forty".split()
+_DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
+_SEASONS = ["spring", "summer", "autumn", "winter"]
+_NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty", "thirty", "forty"]
 
 Draw = Callable[[], float]
 
@@ -191,7 +194,8 @@ class SampleText:
         if kind == 1:
             return f"{person.pronoun.capitalize()} {_past(verb)} {self._noun_phrase(True)} {self._pick(self._lexicon.adverbs)}."
         if kind == 2:
-            return f"When {self._noun_phrase()} {_past(verb)}, {person.name} {_past(self._pick(self._verbs))} {person.possessive} {person.thing}."
+            answer = _past(self._pick(self._verbs))
+            return f"When {self._noun_phrase()} {_past(verb)}, {person.name} {answer} {person.possessive} {person.thing}."
         if kind == 3:
             return f"In the {self._pick(_SEASONS)} {self._noun_phrase()} and {self._noun_phrase()} {_past(verb)} near {person.home}."
         if kind == 4:

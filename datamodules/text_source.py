@@ -107,8 +107,8 @@ class Block:
 class DocumentStream:
     """The training documents of one of `num_consumers` consumers (ranks times workers), epoch after epoch without end.
 
-    In each epoch's order of shards, whole rounds go shard by shard to the consumers in turn; the shards left over, which do not divide evenly,
-    are shared record by record. So every document belongs to exactly one consumer whatever the numbers are.
+    In each epoch's order of shards, whole rounds go shard by shard to the consumers in turn; the shards left over, which do not divide
+    evenly, are shared record by record. So every document belongs to exactly one consumer whatever the numbers are.
 
     Shuffling is by shards and within blocks of `shuffle_block` documents, both from (seed, place): nothing has to be stored but the place.
     (`datasets`' own shuffle buffer loses its contents on resume.)
@@ -171,8 +171,8 @@ class DocumentStream:
             counts.require_share(self._max_bad, final=True)
             if not found:
                 raise ValueError(
-                    f"the training files hold no document for consumer {self._consumer + 1} of {self._num_consumers} (ranks x data.num_workers): "
-                    "give more documents or start fewer"
+                    f"the training files hold no document for consumer {self._consumer + 1} of {self._num_consumers} "
+                    "(ranks x data.num_workers): give more documents or start fewer"
                 )
             epoch, found = epoch + 1, False
 

@@ -1,7 +1,8 @@
 """Memory-mapped tokens: the folder that `prepare` writes, and random access to windows of it.
 
-A folder holds `<split>-00000.bin`, ... (little-endian uint16 or uint32, documents one after the other, each with its end-of-document token),
-`tokenizer.json` and `manifest.json`, which is written last and names every shard with its number of tokens, largest id and SHA-256.
+A folder holds `<split>-00000.bin`, ... (little-endian uint16 or uint32, documents one after the other, each with its end-of-document
+token), `tokenizer.json` and `manifest.json`, which is written last and names every shard with its number of tokens, largest id and
+SHA-256.
 """
 
 from __future__ import annotations
@@ -110,7 +111,8 @@ class TokenWindows:
         self.num_windows = max(0, (total - 1) // seq_len)
         if self.num_windows == 0:
             raise ValueError(
-                f"split {split!r} of {folder} has {total:,} tokens, too few for one window of seq_len={seq_len}: prepare more text or lower seq_len"
+                f"split {split!r} of {folder} has {total:,} tokens, too few for one window of seq_len={seq_len}: "
+                "prepare more text or lower seq_len"
             )
         self.fingerprint = fingerprint_of([manifest["tokenizer"]["sha256"], [[shard["tokens"], shard["sha256"]] for shard in self._shards]])
 
@@ -139,7 +141,8 @@ class TokenWindows:
             if piece.size and int(piece.max()) >= self._vocab_size:
                 name = self._folder / self._shards[shard]["file"]
                 raise ValueError(
-                    f"token id {int(piece.max())} in {name} is out of range for a vocabulary of {self._vocab_size}: prepare the tokens again"
+                    f"token id {int(piece.max())} in {name} is out of range for a vocabulary of {self._vocab_size}: "
+                    "prepare the tokens again"
                 )
             out[filled : filled + piece.size] = piece
             filled, start, shard = filled + piece.size, start + piece.size, shard + 1

@@ -1,7 +1,7 @@
 """Batches from sources with random access: built-in sample, memory-mapped tokens, synthetic tasks.
 
-The position is one number. Batch `g` of all ranks together is a function of (seed, g) alone: rank r of W takes its B rows of W·B, so that two
-ranks with batch b see what one with 2b sees, and worker w of n makes the batches w, w+n, ...: their number changes nothing either.
+The position is one number. Batch `g` of all ranks together is a function of (seed, g) alone: rank r of W takes its B rows of W·B, so that
+two ranks with batch b see what one with 2b sees, and worker w of n makes the batches w, w+n, ...: their number changes nothing either.
 """
 
 from __future__ import annotations
