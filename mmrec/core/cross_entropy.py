@@ -27,7 +27,12 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor,
         The mean loss over labels other than −1 (0-dim fp32; 0 where there is none), and how many there are (0-dim int64).
     """
     total = torch.zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32), device=hidden_ND.device)
-    for hidden, labels in zip(hidden_ND.split(chunk_size), labels_N.split(chunk_size), strict=True):
-        total = total + checkpoint(_chunk_loss, hidden, weight_VD, labels, use_reentrant=False)
+    chunks = list(zip(hidden_ND.split(chunk_size), labels_N.split(chunk_size), strict=True))
+    for hidden, labels in chunks:
+        # A single chunk is kept: to compute it twice would save nothing.
+        alone = len(chunks) == 1
+        total = total + (
+            _chunk_loss(hidden, weight_VD, labels) if alone else checkpoint(_chunk_loss, hidden, weight_VD, labels, use_reentrant=False)
+        )
     count = (labels_N != IGNORED_LABEL).sum()
     return total / count.clamp(min=1), count

@@ -1,0 +1,33 @@
+# Aliases for what the README says; everything runs inside .venv, which the first of them makes.
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+RUN = $(VENV)/bin/python -m
+
+.PHONY: install fit test lint test-gpu clean
+
+install: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+fit: install
+	$(RUN) mmrec.cli fit --config cpu_tiny.yaml
+
+# One thread a worker: two pools of threads on the same cores slow each other down.
+test: lint
+	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS)
+
+lint: install
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+
+test-gpu: install
+	$(RUN) pytest -m gpu
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache
