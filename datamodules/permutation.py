@@ -35,7 +35,7 @@ class Permutation:
             raise ValueError(f"a permutation needs size >= 1, got {size}")
         self.size = size
         self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
-        key = _mix(seed & _MASK64) ^ _mix((epoch + 1) & _MASK64)
+        key = _mix((_mix(seed & _MASK64) + epoch) & _MASK64)
         self._keys = []
         for _ in range(_ROUNDS):
             key = _mix(key)
