@@ -1,0 +1,91 @@
+"""Bad input: one line that names the fault and the remedy."""
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_token_range, check_vocabulary
+from mmrec.model import MMRecModel
+
+
+def batch(**changes: Any) -> dict[str, Any]:
+    return {"input_ids": torch.zeros(2, 3, dtype=torch.int64), "labels": torch.zeros(2, 3, dtype=torch.int64)} | changes
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1, 2], "a batch needs input_ids and labels, found list; correct the data module"),
+        ({"input_ids": torch.zeros(1, 1)}, "a batch needs input_ids and labels, found input_ids; correct the data module"),
+        (batch(input_ids=torch.zeros(2, 0, dtype=torch.int64)), r"input_ids have the shape \(2, 0\); a batch is \(B, T\)"),
+        (batch(labels=torch.zeros(2, 4, dtype=torch.int64)), r"labels have the shape \(2, 4\), input_ids \(2, 3\); they must agree"),
+        (batch(labels=torch.zeros(2, 3)), "input_ids are torch.int64 and labels torch.float32; both must be torch.int64"),
+    ],
+)
+def test_the_form_of_a_batch(given: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        check_batch_form(given)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("input_ids", -1), ("input_ids", 32), ("labels", -2), ("labels", 32)])
+def test_token_ids_out_of_range(name: str, value: int) -> None:
+    faulty = batch()
+    faulty[name] = faulty[name].clone()
+    faulty[name][1, 2] = value
+    with pytest.raises(ValueError, match=rf"token id {value} in {name} is out of range: the network knows .* 31; set model.network"):
+        check_token_range(faulty, 32)
+
+
+def test_the_ends_of_the_range_are_fine() -> None:
+    check_token_range(batch(input_ids=torch.tensor([[0, 31]]), labels=torch.tensor([[-1, 31]])), 32)
+    check_vocabulary(None, 32)
+    check_vocabulary(32, 32)
+
+
+def test_vocabularies_that_differ() -> None:
+    with pytest.raises(ValueError, match=r"the tokenizer has 40 tokens but the network 32; set model.network.vocab_size=40"):
+        check_vocabulary(40, 32)
+
+
+def test_a_checkpoint_of_another_shape_names_the_first_parameter_and_the_setting(stubs: ModuleType) -> None:
+    saved, wanted = MMRecModel(stubs.tiny_config()), MMRecModel(stubs.tiny_config(vocab_size=40))
+    checkpoint = {"state_dict": saved.state_dict(), "hyper_parameters": {"network": {"vocab_size": 32, "model_dim": 16}}}
+    expected = (
+        "the checkpoint is of another network: embedding.weight is (32, 16) there and (40, 16) here; "
+        "it was trained with model.network.vocab_size=32"
+    )
+    with pytest.raises(ValueError, match="another network") as error:
+        check_checkpoint_shapes(checkpoint, wanted, {"vocab_size": 40, "model_dim": 16})
+    assert str(error.value) == expected
+
+
+def test_missing_and_unknown_parameters_are_named(stubs: ModuleType) -> None:
+    shallow, deep = MMRecModel(stubs.tiny_config(num_layers=1)), MMRecModel(stubs.tiny_config(num_layers=2))
+    with pytest.raises(ValueError, match=r"blocks\.1\.\S+ is not in it; use the configuration it was trained with"):
+        check_checkpoint_shapes({"state_dict": shallow.state_dict()}, deep, {})
+    with pytest.raises(ValueError, match=r"blocks\.1\.\S+ is unknown to this network"):
+        check_checkpoint_shapes({"state_dict": deep.state_dict()}, shallow, {})
+    check_checkpoint_shapes({"state_dict": deep.state_dict()}, deep, {})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("learning_rate", 0.0),
+        ("learning_rate", float("nan")),
+        ("min_learning_rate_ratio", 1.5),
+        ("warmup_steps", -1),
+        ("decay_steps", 0),
+        ("weight_decay", -0.1),
+        ("betas", (0.9, 1.0)),
+        ("eps", 0.0),
+        ("lambda_P_final", -1.0),
+        ("lambda_P_anneal_steps", -1),
+    ],
+)
+def test_hyperparameters_that_cannot_be_meant(name: str, value: Any, stubs: ModuleType) -> None:
+    with pytest.raises(ValueError, match=rf"model\.{name} is .*; give "):
+        stubs.make_module(**{name: value})
