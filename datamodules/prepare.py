@@ -189,6 +189,10 @@ def _claim(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     if (folder / _PROGRESS).is_file():
         if json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
             raise ValueError(f"output folder {folder} holds an unfinished preparation of other files or settings; {advice}")
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
+        for leftover in folder.glob(".*.tmp"):
+            leftover.unlink()
         return None
     if folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
         raise ValueError(f"output folder {folder} is not empty and holds no prepared tokens; {advice}")

@@ -13,7 +13,7 @@ from datamodules.documents import LineCounts, is_validation, parse_line, probe_f
         ('\ufeff{"text": "çağ"}'.encode(), None),
         (b'{"text": "cut', "not_json"),
         (b"[1, 2]", "not_json"),
-        (b"[" * 100_000, "not_json"),
+        (b"[" * 20_000, "not_json"),
         (b'{"url": "x"}', "no_text"),
         (b'{"text": 3}', "no_text"),
         (b'{"text": "\xff\xfe"}', "not_utf8"),
@@ -77,7 +77,7 @@ def test_globs_that_match_nothing_or_only_empty_files(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").touch()
     with pytest.raises(ValueError, match=r"^train_files: every file that matches '.*' is empty"):
         resolve_files(str(tmp_path / "*.jsonl"), "train_files")
-    with pytest.raises(ValueError, match="^train_files is empty"):
+    with pytest.raises(ValueError, match=r"^train_files is empty"):
         resolve_files([], "train_files")
 
 
@@ -92,7 +92,7 @@ def test_a_file_that_is_no_jsonl_is_refused_at_once(tmp_path: Path, write_lines,
     text = write_lines(tmp_path / "book.txt", [b"It was a dark night."] * 60)
     with pytest.raises(ValueError, match=r"^files: none of the first 50 lines of .*book\.txt is a document"):
         probe_files([str(text)], "files", 0.01)
-    with pytest.raises(ValueError, match="^too many bad lines: skipped 1 of 3 lines"):
+    with pytest.raises(ValueError, match=r"^too many bad lines: skipped 1 of 3 lines"):
         probe_files([str(write_lines(tmp_path / "short.jsonl", [*json_lines(["a", "b"]), b"{"]))], "files", 0.01)
     # Bad lines at the head of a long file say little about the whole.
     probe_files([str(write_lines(tmp_path / "long.jsonl", [b"{"] * 40 + json_lines(["a"] * 60)))], "files", 0.01)

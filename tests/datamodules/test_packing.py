@@ -1,3 +1,4 @@
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.documents import LineCounts
+from datamodules.documents import LineCounts, is_validation
+from datamodules.loader import ResumableDataLoader
 from datamodules.packing import ArrayWindows, PackedBatches, StreamOptions
 from datamodules.text_source import Cursor, DocumentStream, HubShards, LocalShards
 from datamodules.tokenizer import load_tokenizer
@@ -143,15 +145,12 @@ def test_bad_lines_are_counted_in_the_state_and_not_twice_after_a_resume(
     assert iterator.counts.no_text in (6, 7)
     strict = iter(PackedBatches(LocalShards([str(path)]), tokenizer_path, OPTIONS, rank=0, world_size=1))
     with pytest.raises(ValueError, match=r"^too many bad lines: skipped 3 of 93 lines .*part\.jsonl:4; "):
-        while True:
-            next(strict)
+        list(strict)
 
 
 def test_validation_documents_are_left_out(shards: LocalShards, texts: list[str]) -> None:
     train = _epoch(shards, 0, 1, fraction=0.3)
     assert 0 < len(set(train)) < 75
-    from datamodules.documents import is_validation
-
     assert not any(is_validation(text, 0.3) for text in train)
     assert set(train) <= set(texts[:80])
 
@@ -177,3 +176,24 @@ def test_a_dataset_of_the_hub_is_read_shard_by_shard(corpus: Path, texts: list[s
     assert list(shards.read(1, 4, 3, 1)) == [entry for entry in list(shards.read(1, 0, 1, 0)) if entry[0] >= 4 and entry[0] % 3 == 1]
     with pytest.raises(ValueError, match=r"^data\.hub_dataset: cannot load '.*none' \(config None, split 'train'\): .*; check the name"):
         HubShards(str(tmp_path / "none"), None, "train")
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_and_workers_of_real_loaders_are_disjoint_and_complete(
+    shards: LocalShards, texts: list[str], tokenizer_path: str, num_workers: int
+) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    consumers: list[list[str]] = []
+    for rank in range(2):
+        dataset = PackedBatches(shards, tokenizer_path, replace(OPTIONS, shuffle=False, seq_len=400), rank=rank, world_size=2)
+        iterator = iter(ResumableDataLoader(dataset, num_workers=num_workers, rank=rank, world_size=2, identity={}))
+        streams: list[list[int]] = [[] for _ in range(max(1, num_workers))]
+        for number in range(60):
+            streams[number % len(streams)].extend(next(iterator)["input_ids"].flatten().tolist())
+        for stream in streams:
+            documents = " ".join(map(str, stream)).split(f" {tokenizer.eod_id} ")
+            decoded = [tokenizer.decode([int(token) for token in document.split()]) for document in documents]
+            second_epoch = decoded.index(decoded[0], 1)
+            consumers.append(decoded[:second_epoch])
+    assert len(consumers) == 2 * max(1, num_workers)
+    assert sorted(itertools.chain(*consumers)) == sorted(texts[:80])
