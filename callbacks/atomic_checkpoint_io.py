@@ -1,8 +1,10 @@
 """AtomicCheckpointIO: a checkpoint is either there and whole, or not there."""
 
+import contextlib
 import os
 import pickle
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             os.replace(temporary, target)
             sync_folder(target.parent)
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError of its zip writer
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # where there is no folder there is nothing to clear either
+                temporary.unlink(missing_ok=True)
             cause = _os_error(error)
             if cause is None:
                 raise
@@ -57,11 +60,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if not os.path.isfile(path):
             raise FileNotFoundError(f"no checkpoint {path}; give the path of a .ckpt file, or 'last'")
+        remedy = "resume from another one beside it"
+        if fault := _fault(path):
+            raise ValueError(f"the checkpoint {path} cannot be read ({fault}); {remedy}")
         try:
             return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
             first_line = (str(error).splitlines() or ["unreadable"])[0]
-            raise ValueError(f"the checkpoint {path} cannot be read ({first_line}); resume from another one beside it") from error
+            raise ValueError(f"the checkpoint {path} cannot be read ({first_line}); {remedy}") from error
+
+
+def _fault(path: str | os.PathLike[str]) -> str | None:
+    """What is wrong with the file as such; torch.load itself does not compare the checksums that torch.save wrote."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return "its checksums do not fit its bytes" if archive.testzip() is not None else None
+    except zipfile.BadZipFile:
+        return "truncated, or no checkpoint"
 
 
 def sync_folder(folder: Path) -> None:

@@ -61,8 +61,7 @@ class TrainingProgressBar(RichProgressBar):
     def _show_training_task(self, trainer: Trainer) -> None:
         if self.is_enabled and isinstance(self.progress, CustomProgress) and self.train_progress_bar_id is None:
             total = trainer.max_steps if trainer.max_steps > 0 else float("inf")
-            self.train_progress_bar_id = self._add_task(total, "Training  ")
-            self.progress.update(self.train_progress_bar_id, completed=trainer.global_step)
+            self.train_progress_bar_id = self.progress.add_task("Training  ", total=total, completed=trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Show what is new, if it is time."""

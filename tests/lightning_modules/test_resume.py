@@ -101,7 +101,7 @@ def test_two_processes(tmp_path: Path, stubs: ModuleType) -> None:
     """They train as one with the doubled batch, and resume to the bit, each rank with its own random states."""
     one, two, resumed = tmp_path / "one", tmp_path / "two", tmp_path / "resumed"
     # With a large ε, Adam does not turn the rounding of tiny gradients into steps of full size.
-    options = {"max_steps": 6, "checkpoint_every": 4, "model": {"eps": 1e-3}}
+    options = {"max_steps": 6, "checkpoint_every": 4, "model": {"eps": 1e-3, "network": {"planning_loss": "normalized"}}}
     stubs.main({"folder": one, "data": {"batch_size": 8}, **options})
     run_process(two, data={"batch_size": 4}, **options, **TWO)
     expected, found = stubs.read_steps(one), stubs.read_steps(two)

@@ -1,0 +1,150 @@
+"""A checkpoint is there and whole, or not there; what cannot be written or read is one line."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from callbacks.atomic_checkpoint_io import AtomicCheckpointIO, link_or_copy, remove_leftovers
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def io() -> AtomicCheckpointIO:
+    return AtomicCheckpointIO()
+
+
+def test_what_is_saved_is_loaded_onto_the_cpu_and_leaves_nothing_else(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.ckpt"
+    io.save_checkpoint({"weights": torch.arange(5), "step": 3}, path)
+    loaded = io.load_checkpoint(path)
+    assert loaded["step"] == 3
+    assert torch.equal(loaded["weights"], torch.arange(5))
+    assert [entry.name for entry in path.parent.iterdir()] == ["a.ckpt"]
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file of this process may grow beyond 64 kB: the write fails midway, as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (65536, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, previous)
+
+
+def test_a_write_that_fails_midway_leaves_the_old_checkpoint(io: AtomicCheckpointIO, tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / "last.ckpt"
+    io.save_checkpoint({"step": 1}, path)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*last\.ckpt: File too large; it needs about 4\.0 MiB and") as error:
+        io.save_checkpoint({"step": 2, "weights": torch.zeros(2**20)}, path)
+    assert "\n" not in str(error.value)
+    assert str(error.value).endswith("MiB are free; make room and resume")
+    assert io.load_checkpoint(path) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["last.ckpt"]
+
+
+def test_a_checkpoint_larger_than_the_disk_is_not_begun(io: AtomicCheckpointIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type("Usage", (), {"free": 2**20})
+    monkeypatch.setattr("callbacks.atomic_checkpoint_io.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(OSError, match=r"no space left on the disk; it needs about 4\.0 MiB and 1\.0 MiB are free"):
+        io.save_checkpoint({"nested": [{"weights": torch.zeros(2**20)}]}, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*a\.ckpt: .*(exists|Not a directory)"):
+        io.save_checkpoint({}, tmp_path / "file" / "a.ckpt")
+
+
+def test_an_error_that_is_not_the_disks_is_left_as_it_is(io: AtomicCheckpointIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("not about the disk")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(RuntimeError, match=r"^not about the disk$"):
+        io.save_checkpoint({}, tmp_path / "a.ckpt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_are_no_checkpoints(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    io.save_checkpoint({"weights": torch.zeros(1000)}, tmp_path / "whole.ckpt")
+    whole = (tmp_path / "whole.ckpt").read_bytes()
+    middle = len(whole) // 2
+    flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+    faulty = {"half": whole[:middle], "empty": b"", "text": b"hello, this is no checkpoint", "flipped": flipped}
+    for name, content in faulty.items():
+        path = tmp_path / f"{name}.ckpt"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"the checkpoint .*{name}\.ckpt cannot be read \(.*\); resume from another") as error:
+            io.load_checkpoint(path)
+        assert "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint .*none\.ckpt; give the path of a \.ckpt file, or 'last'"):
+        io.load_checkpoint(tmp_path / "none.ckpt")
+
+
+def test_a_link_replaces_what_was_there_in_one_step(tmp_path: Path) -> None:
+    first, second, last = tmp_path / "first", tmp_path / "second", tmp_path / "last"
+    first.write_text("1")
+    second.write_text("2")
+    for source in (first, second, second):
+        link_or_copy(source, last)
+        assert last.read_text() == source.read_text()
+        assert os.path.samefile(last, source)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["first", "last", "second"]
+
+
+def test_without_hard_links_it_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    (tmp_path / "first").write_text("1")
+    link_or_copy(tmp_path / "first", tmp_path / "last")
+    assert (tmp_path / "last").read_text() == "1"
+    assert not os.path.samefile(tmp_path / "last", tmp_path / "first")
+
+
+def test_leftovers_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".last.ckpt.writing", ".hidden", "last.ckpt"):
+        (tmp_path / name).touch()
+    remove_leftovers(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == [".hidden", "last.ckpt"]
+
+
+SAVER = """
+import sys, torch
+from callbacks.atomic_checkpoint_io import AtomicCheckpointIO, link_or_copy
+from pathlib import Path
+folder = Path(sys.argv[1])
+for step in range(10_000):
+    copy = folder / f"step={step % 3}.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"step": step, "weights": torch.full((200_000,), float(step))}, copy)
+    link_or_copy(copy, folder / "last.ckpt")
+    print(step, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_whole_files(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    """One process that saves all the time, killed after more and more saves, at whatever point the next one has come to."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for saves in (1, 5):
+        with subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(saves):
+                printed = int(process.stdout.readline())
+            process.kill()
+        last = io.load_checkpoint(tmp_path / "last.ckpt")
+        assert last["step"] >= printed
+        for path in tmp_path.glob("*.ckpt"):
+            loaded = io.load_checkpoint(path)
+            assert torch.equal(loaded["weights"], torch.full((200_000,), float(loaded["step"])))

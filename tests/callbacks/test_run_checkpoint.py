@@ -1,0 +1,114 @@
+"""`last.ckpt` every N steps and at the end, copies by step and loss, one folder at every restart."""
+
+import os
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks import RunCheckpoint
+from callbacks.run_checkpoint import check_writable
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in (folder / "checkpoints").iterdir())
+
+
+def saved_step(path: Path) -> int:
+    return torch.load(path, weights_only=True)["global_step"]
+
+
+def fit(folder: Path, stubs: ModuleType, resume: str | None = None, keep: int = 2, **options: Any) -> Any:
+    checkpoints = RunCheckpoint(every_n_steps=3, keep=keep)
+    trainer = stubs.make_trainer(folder, [checkpoints], logger=False, **options)
+    trainer.fit(stubs.make_module(), datamodule=stubs.StubData(), ckpt_path=resume)
+    return trainer
+
+
+def test_files_and_names(tmp_path: Path, stubs: ModuleType) -> None:
+    trainer = fit(tmp_path, stubs, max_steps=10)
+    last, sixth_or_ninth, tenth = names(tmp_path)
+    assert last == "last.ckpt"
+    assert re.fullmatch(r"step=000009-loss=\d\.\d{3}\.ckpt", sixth_or_ninth)
+    assert tenth == f"step=000010-loss={float(trainer.lightning_module.last_loss.loss):.3f}.ckpt"
+    assert saved_step(tmp_path / "checkpoints" / "last.ckpt") == 10  # always at the end, though 10 is no multiple of 3
+    assert os.path.samefile(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "checkpoints" / tenth)
+    assert trainer.checkpoint_callback.last_model_path == str(tmp_path / "checkpoints" / "last.ckpt")
+
+
+def test_no_copies(tmp_path: Path, stubs: ModuleType) -> None:
+    fit(tmp_path, stubs, keep=0, max_steps=4)
+    assert names(tmp_path) == ["last.ckpt"]
+    assert saved_step(tmp_path / "checkpoints" / "last.ckpt") == 4
+
+
+def test_last_finds_it_and_the_run_says_where_it_stands(tmp_path: Path, stubs: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    fit(tmp_path, stubs, max_steps=3)
+    assert "resumed" not in capsys.readouterr().out
+    fit(tmp_path, stubs, resume="last", max_steps=5)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    assert f"resumed from step 3: {last}\n" in capsys.readouterr().out
+    assert saved_step(last) == 5
+    fit(tmp_path, stubs, resume="last", max_steps=5)  # there is nothing left to do
+    assert f"resumed from step 5: {last}\n" in capsys.readouterr().out
+    assert len(names(tmp_path)) == 3
+    trainer = stubs.make_trainer(tmp_path, [RunCheckpoint()], logger=False)
+    trainer.validate(stubs.make_module(), datamodule=stubs.StubData(), ckpt_path="last", verbose=False)
+    assert "resumed" not in capsys.readouterr().out
+
+
+def test_a_run_begun_anew_in_the_folder_keeps_its_own_copies(tmp_path: Path, stubs: ModuleType) -> None:
+    fit(tmp_path, stubs, max_steps=9)
+    fit(tmp_path, stubs, max_steps=4)
+    assert [name[:11] for name in names(tmp_path)] == ["last.ckpt", "step=000003", "step=000004"]
+    assert saved_step(tmp_path / "checkpoints" / "last.ckpt") == 4
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_step_is_an_optimiser_step(accumulate: int, tmp_path: Path, stubs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+    monkeypatch.setattr(RunCheckpoint, "_save_checkpoint", lambda self, trainer, path: steps.append(trainer.global_step))
+    monkeypatch.setattr("callbacks.run_checkpoint.link_or_copy", lambda source, target: None)
+    fit(tmp_path, stubs, max_steps=7, accumulate_grad_batches=accumulate)
+    assert sorted(set(steps)) == [3, 6, 7]
+
+
+def test_a_run_that_diverged_does_not_replace_a_good_checkpoint(tmp_path: Path, stubs: ModuleType) -> None:
+    class Poison(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            if trainer.global_step == 4:
+                pl_module.network.norm.weight.data.fill_(float("nan"))
+
+    trainer = stubs.make_trainer(tmp_path, [Poison(), RunCheckpoint(every_n_steps=3)], logger=False, max_steps=9)
+    with pytest.raises(ValueError, match="the loss is nan at step 6: nothing was written over the last good checkpoint; resume from it"):
+        trainer.fit(stubs.make_module(), datamodule=stubs.StubData())
+    assert saved_step(tmp_path / "checkpoints" / "last.ckpt") == 3
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Path, stubs: ModuleType) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"cannot write to the folder .*file/checkpoints: .*; set trainer.default_root_dir") as error:
+        fit(tmp_path / "file", stubs, max_steps=1)
+    assert "\n" not in str(error.value)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_writable_folder_is_left_empty(tmp_path: Path) -> None:
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_fast_dev_run_writes_nothing(tmp_path: Path, stubs: ModuleType) -> None:
+    fit(tmp_path, stubs, fast_dev_run=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="checkpoint_every is 0; give at least 1 step"):
+        RunCheckpoint(every_n_steps=0)
+    with pytest.raises(ValueError, match="keep is -1; give 0 or more copies"):
+        RunCheckpoint(keep=-1)
