@@ -18,8 +18,6 @@ ALLOWED_PACKAGES = (
     "lightning.pytorch.strategies",
     "lightning.pytorch.accelerators",
     "lightning.fabric.plugins",
-    "torch.optim",
-    "mmrec.config",
     "lightning_modules",
     "datamodules",
     "callbacks",
@@ -45,10 +43,10 @@ def imported_class(class_path: str) -> Any | None:
     return getattr(sys.modules.get(module), name, None)
 
 
-def subclass_names(*bases: type) -> list[str]:
-    """Names of all subclasses of `bases` that have been imported."""
+def subclass_names(base: type) -> list[str]:
+    """Names of all subclasses of `base` that have been imported."""
     names: set[str] = set()
-    pending = list(bases)
+    pending: list[type] = base.__subclasses__()
     while pending:
         cls = pending.pop()
         names.add(cls.__name__)

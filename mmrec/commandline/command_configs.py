@@ -42,7 +42,17 @@ def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
     table = Table(caption=_NOTE, caption_justify="left")
     for title in ("config", "layers × width", "precision"):
         table.add_column(title, no_wrap=True)
-    titles = ("parameters", "without UBÖO", "weights", "gradients", "optimiser", "activations ≈", "total ≈ GB", "tokens a step", "tokens of the run")
+    titles = (
+        "parameters",
+        "without UBÖO",
+        "weights",
+        "gradients",
+        "optimiser",
+        "activations ≈",
+        "total ≈ GB",
+        "tokens a step",
+        "tokens of the run",
+    )
     for title in titles:
         table.add_column(title, justify="right")
     for row in estimates:

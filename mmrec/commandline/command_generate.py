@@ -10,7 +10,7 @@ from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
 from mmrec.commandline.checkpoints import load_network
-from mmrec.commandline.errors import BadInput
+from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.run_folder import RUNS, RunFolder
 from mmrec.commandline.run_tokenizer import find_tokenizer
@@ -20,7 +20,9 @@ from mmrec.generate import Sampling, generate
 
 def build_parser() -> OneLineErrors:
     """The options; those of `Sampling` are its fields."""
-    parser = OneLineErrors(prog=f"{PROGRAM} generate", description="Continue a prompt with a trained network, with a state of constant size.")
+    parser = OneLineErrors(
+        prog=f"{PROGRAM} generate", description="Continue a prompt with a trained network, with a state of constant size."
+    )
     parser.add_argument("--run", type=str, help="Run folder, e.g. runs/cpu_tiny; default: the one --ckpt_path lies in.")
     parser.add_argument("--ckpt_path", type=str, default="last", help="Checkpoint file, or last for the run's newest.")
     parser.add_argument("--tokenizer", type=str, help="tokenizer.json; default: the run's.")
@@ -43,7 +45,7 @@ def run(arguments: Sequence[str]) -> None:
     tokenizer, document_first = find_tokenizer(folder, options.tokenizer)
     network = load_network(checkpoint, device, None if options.dtype == "checkpoint" else getattr(torch, options.dtype))
     if tokenizer.vocab_size != network.config.vocab_size:
-        raise BadInput(
+        raise BadInputError(
             f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens but the network {network.config.vocab_size}; "
             "give the one it was trained with as --tokenizer"
         )
@@ -61,7 +63,7 @@ def run(arguments: Sequence[str]) -> None:
 
 def _prompt(options: Namespace) -> str:
     if options.prompt is not None and options.prompt_file is not None:
-        raise BadInput("give --prompt or --prompt_file, not both")
+        raise BadInputError("give --prompt or --prompt_file, not both")
     if options.prompt_file is None:
         return options.prompt or ""
     name = "the standard input" if options.prompt_file == "-" else options.prompt_file
@@ -71,14 +73,14 @@ def _prompt(options: Namespace) -> str:
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"--prompt_file: {name} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from error
+        raise BadInputError(f"--prompt_file: {name} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from error
 
 
 def _checkpoint(options: Namespace) -> tuple[RunFolder, Path]:
     """The run folder and the checkpoint in it."""
     if options.run is None and options.ckpt_path == "last":
         found = sorted(str(path.parent.parent) for path in RUNS.glob("*/checkpoints/last.ckpt"))
-        raise BadInput(f"give a run folder as --run ({', '.join(found) or f'none found under {RUNS}: run fit first'})")
+        raise BadInputError(f"give a run folder as --run ({', '.join(found) or f'none found under {RUNS}: run fit first'})")
     # A checkpoint lies in RUN/checkpoints.
     folder = RunFolder(Path(options.run) if options.run is not None else Path(options.ckpt_path).absolute().parent.parent)
     checkpoint = folder.find_checkpoint(options.ckpt_path)
@@ -90,5 +92,5 @@ def _checkpoint(options: Namespace) -> tuple[RunFolder, Path]:
 def _device(name: str) -> torch.device:
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
-        raise BadInput("--device cuda: no CUDA device is available; leave it out or give --device cpu")
+        raise BadInputError("--device cuda: no CUDA device is available; leave it out or give --device cpu")
     return torch.device("cuda" if name == "cuda" or (name == "auto" and available) else "cpu")

@@ -15,7 +15,7 @@ OUR_PACKAGES = ("mmrec", "lightning_modules", "datamodules", "callbacks")
 BAD_INPUT = 2  # exit code
 
 
-class BadInput(ValueError):
+class BadInputError(ValueError):
     """A fault in what the user gave; its message is one line that names the thing and the remedy."""
 
 
@@ -47,7 +47,7 @@ def bad_input_message(error: Exception) -> str | None:
     Bad input is what a `raise` statement in our packages calls a ValueError or an OSError, an OSError that names a file,
     and what Lightning calls a misconfiguration. A ValueError out of torch or out of an expression is a bug and is not.
     """
-    if isinstance(error, BadInput) or type(error).__name__ == "MisconfigurationException":
+    if isinstance(error, BadInputError) or type(error).__name__ == "MisconfigurationException":
         return one_line(str(error))
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"

@@ -10,7 +10,7 @@ from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
 # Elements kept for the backward pass of one block, a token, in the plain PyTorch form: measured with saved-tensor hooks.
-_KEPT_PER_CHANNEL = 40
+_KEPT_PER_CHANNEL = 42
 _KEPT_PER_FFN_CHANNEL = 4
 
 
@@ -86,6 +86,8 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
 def _activations(config: MMRecConfig, tokens: int, bytes_each: int) -> int:
     """Bytes kept between forward and backward, and those of one chunk of logits."""
     block = tokens * (_KEPT_PER_CHANNEL * config.model_dim + _KEPT_PER_FFN_CHANNEL * config.ffn_width) * bytes_each
-    layers = tokens * config.model_dim * bytes_each * config.num_layers + block if config.activation_checkpointing else block * config.num_layers
+    layers = (
+        tokens * config.model_dim * bytes_each * config.num_layers + block if config.activation_checkpointing else block * config.num_layers
+    )
     logits = 2 * min(tokens, config.loss_chunk_size) * config.vocab_size * 4
     return layers + logits

@@ -4,11 +4,15 @@ import difflib
 from collections.abc import Iterable
 
 
-def nearest_name(name: str, names: Iterable[str]) -> str | None:
-    """The most similar of `names`, None where there are none; a prefix or an abbreviation is as good as a typing slip."""
+def nearest_name(name: str, names: Iterable[str], cutoff: float = 0.0) -> str | None:
+    """The one of `names` that `name` probably means: by its beginning, its initials (`lr`: learning_rate), or its spelling.
+
+    None where nothing is at least as similar as `cutoff`, from 0 (anything) to 1 (the same).
+    """
     candidates = sorted(set(names))
-    prefixed = [candidate for candidate in candidates if candidate.startswith(name)]
-    found = difflib.get_close_matches(name, prefixed or candidates, n=1, cutoff=0.0)
+    begun = [candidate for candidate in candidates if candidate.startswith(name)]
+    abbreviated = [candidate for candidate in candidates if "".join(word[:1] for word in candidate.split("_")) == name]
+    found = difflib.get_close_matches(name, begun or abbreviated or candidates, n=1, cutoff=0.0 if begun or abbreviated else cutoff)
     return found[0] if found else None
 
 
@@ -23,9 +27,9 @@ def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     if close:
         return close[0]
     prefix = f"{group}." if group else ""
-    siblings = [candidate for candidate in known if candidate.startswith(prefix) and "." not in candidate[len(prefix) :]]
-    groups = {candidate.split(".")[0] for candidate in known} if not group else set()
-    return nearest_name(key, [*siblings, *groups] or known)
+    siblings = [candidate[len(prefix) :] for candidate in known if candidate.startswith(prefix) and "." not in candidate[len(prefix) :]]
+    sibling = nearest_name(leaf, siblings)
+    return prefix + sibling if sibling else nearest_name(key, known)
 
 
 def did_you_mean(nearest: str | None) -> str:

@@ -7,7 +7,8 @@ so they are read by their indentation; whatever is not recognised is joined to o
 
 import inspect
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from mmrec.commandline.class_paths import ALLOWED_PACKAGES, imported_class
@@ -19,6 +20,8 @@ _UNKNOWN_KEYS = (
     re.compile(r"Key '(?P<key>[^']+)' is not expected"),
     re.compile(r"Option '(?P<key>[^']+)' is not accepted"),
 )
+_MISSING = re.compile(r"the following arguments are required: (?P<names>.*)")
+_NUMBER = re.compile(r"Not of type (?P<type>\w+):.*?(?P<value>'[^']*'$|\S+(?= does not conform))")
 _KEY = re.compile(r'Parser key "(?P<key>[^"]+)":\s*(?P<rest>.*)', re.DOTALL)
 _CLASS = re.compile(r"Problem with given class_path '(?P<path>[^']+)':\s*(?P<rest>.*)", re.DOTALL)
 _OPTION = re.compile(r"Option '(?P<key>[^']+)' is not accepted")
@@ -26,6 +29,7 @@ _GOT = re.compile(r"^(?P<expected>Expected an? .*?)\.? Got value: (?P<value>.*)$
 _DENIED = re.compile(r"Importing '(?P<path>[^']+)' is not allowed")
 _NO_ATTRIBUTE = re.compile(r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'")
 _NO_CLASS = re.compile(r"(?:Expected a dot import path string|No class named|Unexpected import path format)[:\s]+'?(?P<name>[\w.]+)")
+_NUMBER_NAMES = {"PositiveInt": "a whole number above 0", "NonNegativeInt": "a whole number from 0"}
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[(?P<values>.*)\]")
 
 
@@ -33,20 +37,20 @@ class _Context(NamedTuple):
     keys: tuple[str, ...]  # the dotted key so far
     class_path: str | None  # the class whose arguments are being read
     known_keys: tuple[str, ...]
-    known_classes: tuple[str, ...]
+    known_classes: Mapping[str, Sequence[str]]
 
     @property
     def key(self) -> str:
         return ".".join(self.keys)
 
 
-def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Iterable[str] = ()) -> str:
+def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Mapping[str, Sequence[str]] | None = None) -> str:
     """Reduce a message of jsonargparse to one line.
 
     Args:
         message: as given to `ArgumentParser.error`.
         known_keys: dotted keys the parser accepts, to find the nearest one.
-        known_classes: names of classes that may be given without their package.
+        known_classes: names of classes that may be given without their package, by the key that takes them.
     """
     keys = tuple(known_keys)
     for pattern in _UNKNOWN_KEYS:
@@ -54,7 +58,9 @@ def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Iterab
             return f"unknown key {match['key']}{did_you_mean(nearest_key(match['key'], keys))}"
     if message.startswith("unrecognized arguments:"):
         return f"{message.strip()}; options start with -- and are spelled out"
-    return _reduce(message, _Context((), None, keys, tuple(known_classes)))
+    if match := _MISSING.match(message.strip()):
+        return f"missing {', '.join(f'--{name}' for name in match['names'].split(', '))}"
+    return _reduce(message, _Context((), None, keys, known_classes or {}))
 
 
 def _reduce(message: str, context: _Context) -> str:
@@ -103,20 +109,40 @@ def _reduce_union(message: str, context: _Context) -> str:
     best = max(entries, key=_depth, default="")
     if entries and _depth(best) > 0:
         return _reduce(best, context)
-    expected = [_expected(entry) for entry in entries if entry.startswith("Expected")]
-    expected = [text for text in dict.fromkeys(expected) if text]
-    if not expected:
+    plain = [entry for entry in entries if entry.startswith(("Expected", "Not a valid subclass", "Not of type"))]
+    if not plain:
         return _leaf(f"{head.strip()} {' '.join(body.split())}", context)
     got = nested["value"] if nested else value
     key = f"{context.key}.{nested['key']}" if nested else context.key
-    return f"{key}: expected {' or '.join(expected)}, got {_short(got)}"
+    return f"{key}: expected {_alternatives(plain)}, got {_short(got)}{_choice(got, plain)}"
+
+
+def _choices(entries: Sequence[str]) -> list[str]:
+    """Values of the Literals among the expected types."""
+    literals = [match["values"] for entry in entries if (match := _LITERAL.search(" ".join(entry.split())))]
+    return list(dict.fromkeys(value.strip(" '") for values in literals for value in values.split(",")))
+
+
+def _choice(got: str, entries: Sequence[str]) -> str:
+    return did_you_mean(nearest_name(got, _choices(entries), cutoff=0.5))
+
+
+def _alternatives(entries: Sequence[str]) -> str:
+    """What would have been accepted, Literals joined to one list."""
+    choices = _choices(entries)
+    types = dict.fromkeys(_expected(entry) for entry in entries if not _LITERAL.search(entry))
+    if choices:
+        types.pop("int", None)  # a Literal of numbers, whose values jsonargparse does not show
+    return " or ".join([*([f"one of {', '.join(choices)}"] if choices else []), *types])
 
 
 def _expected(entry: str) -> str:
     """`Expected a <class 'int'>` as `int`."""
     text = re.sub(r"^Expected an? ", "", " ".join(entry.split()))
-    if match := _LITERAL.match(text):
-        return f"one of {match['values']}"
+    if text.startswith("Not a valid subclass"):
+        return "a class path, or a mapping with class_path and init_args,"
+    if match := re.match(r"Not of type (\w+)", text):
+        return _NUMBER_NAMES.get(match[1], match[1])
     text = re.sub(r"<class '([^']+)'>", lambda found: found[1].rpartition(".")[2], text)
     return "null" if text == "NoneType" else text.rstrip(".")
 
@@ -130,22 +156,27 @@ def _leaf(message: str, context: _Context) -> str:
     text = " ".join(message.split())
     prefix = f"{context.key}: " if context.keys else ""
     if match := _OPTION.search(text):
-        name = (context.class_path or "").rpartition(".")[2]
-        names = _arguments(context.class_path)
-        owner = f"{name} has no argument {match['key']}" if name else f"no argument {match['key']}"
-        return f"{prefix}{owner}{did_you_mean(nearest_name(match['key'], names))}"
+        owner = f" of {context.class_path.rpartition('.')[2]}" if context.class_path else ""
+        nearest = nearest_name(match["key"], _arguments(context.class_path))
+        group = f"{context.key}." if context.keys else ""
+        return f"unknown key {group}{match['key']}{owner}{did_you_mean(nearest and group + nearest)}"
     if match := _DENIED.search(text):
         return f"{prefix}class path {match['path']} is refused; a config may name classes of {', '.join(ALLOWED_PACKAGES)}"
+    known_classes = context.known_classes.get(context.key, ())
     if match := _NO_ATTRIBUTE.search(text):
-        module = imported_class(match["module"])
-        names = [name for name in (*dir(module), *context.known_classes) if name[:1].isupper()] if module else context.known_classes
-        return f"{prefix}{match['module']} has no class {match['name']}{did_you_mean(nearest_name(match['name'], names))}"
+        names = [*known_classes, *(name for name in dir(sys.modules.get(match["module"])) if name[:1].isupper())]
+        return f"{prefix}{match['module']} has no class {match['name']}{did_you_mean(nearest_name(match['name'], names, cutoff=0.5))}"
     if match := _NO_CLASS.search(text):
-        return f"{prefix}no class {match['name']}{did_you_mean(nearest_name(match['name'], context.known_classes))}"
+        nearest = nearest_name(match["name"], known_classes, cutoff=0.5)
+        few = f"; known are {', '.join(known_classes)}" if 0 < len(known_classes) < 9 and not nearest else ""
+        return f"{prefix}no class {match['name']}{did_you_mean(nearest)}{few}"
+    if match := _MISSING.search(text):
+        return f"{prefix}{context.class_path or 'the class'} needs {match['names']}"
+    if match := _NUMBER.search(text):
+        return f"{prefix}expected {_NUMBER_NAMES.get(match['type'], match['type'])}, got {_short(match['value'])}"
     if match := _GOT.match(text):
-        expected = _expected(match["expected"])
-        choices = re.findall(r"'([^']*)'", expected)
-        return f"{prefix}expected {expected}, got {_short(match['value'])}{did_you_mean(nearest_name(match['value'], choices))}"
+        entries = [match["expected"]]
+        return f"{prefix}expected {_alternatives(entries)}, got {_short(match['value'])}{_choice(match['value'], entries)}"
     if text.startswith("Not a valid subclass of"):
         return f"{prefix}expected a class path, or a mapping with class_path and init_args"
     return f"{prefix}{text}"
@@ -158,7 +189,7 @@ def _arguments(class_path: str | None) -> list[str]:
         return []
     names: set[str] = set()
     for base in cls.__mro__:
-        if "__init__" in base.__dict__ and base is not object:
-            kinds = inspect.signature(base.__init__).parameters.values()
-            names.update(p.name for p in kinds if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p.name != "self")
+        if (initialiser := base.__dict__.get("__init__")) is not None and base is not object:
+            parameters = list(inspect.signature(initialiser).parameters.values())[1:]
+            names.update(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
     return sorted(names)

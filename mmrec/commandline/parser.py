@@ -17,13 +17,15 @@ class OneLineErrors(ArgumentParser):
         super().__init__(*args, **{**kwargs, "allow_abbrev": False})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Leave with exit code 2 and one line."""
+        """Leave with exit code 2 and one line; a parser within a parser, which reads a class's arguments, tells the outer one."""
+        if not self.exit_on_error:
+            super().error(message, ex)
         parser = self._chosen_parser(ex)
         fail(one_line(message, known_keys(parser), parser.known_classes()))
 
-    def known_classes(self) -> list[str]:
-        """Names of classes that a value may give without their package."""
-        return []
+    def known_classes(self) -> dict[str, list[str]]:
+        """Names of the classes that may be given without their package, by the key that takes them."""
+        return {}
 
     def _chosen_parser(self, error: Exception | None) -> "OneLineErrors":
         """The subcommand's parser that an error is about, this one where there is none."""

@@ -6,35 +6,42 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from lightning_modules.checks import check_vocabulary
+from lightning_modules.checks import check_hyperparameters, check_vocabulary
 from lightning_modules.mm_rec_module import SUPPORTED_PRECISIONS
 from mmrec.commandline.checkpoints import require_fitting_checkpoint
 from mmrec.commandline.class_paths import imported_class
-from mmrec.commandline.errors import BadInput
+from mmrec.commandline.errors import BadInputError
 from mmrec.config import MMRecConfig
 
 
 def require_groups(config: Namespace, keys: Sequence[str]) -> None:
-    """Raise BadInput where a key that holds further keys was given a plain value: jsonargparse lets `trainer: 3` pass."""
+    """Raise BadInputError where a key that holds further keys was given a plain value: jsonargparse lets `trainer: 3` pass."""
     for key in keys:
         if key in config and not isinstance(config[key], Namespace | Mapping):
-            raise BadInput(f"{key}: expected a mapping of keys to values, got {config[key]!r}")
+            raise BadInputError(f"{key}: expected a mapping of keys to values, got {config[key]!r}")
 
 
-def check_before_building(config: Namespace, checkpoint: Path | None) -> None:
+def check_before_building(config: Namespace, checkpoint: Path | None, fitting: bool) -> None:
     """Check sizes, data, vocabulary and checkpoint of a parsed run config; a few seconds at most, nothing is written.
 
     Args:
         config: one subcommand's config.
         checkpoint: the checkpoint that will be loaded, if any.
+        fitting: whether it is `fit` that will run.
 
     Raises:
         ValueError, OSError: one line each, as the part concerned says it.
     """
-    network = MMRecConfig(**config.model.network.as_dict())
+    try:
+        network = MMRecConfig(**config.model.network.as_dict())
+    except ValueError as error:  # its messages begin with the field's name
+        raise BadInputError(f"model.network.{error}") from error
+    check_hyperparameters(config.model.as_dict())
     precision = config.trainer.precision
     if precision is not None and _full_precision_name(precision) not in SUPPORTED_PRECISIONS:
-        raise BadInput(f"trainer.precision: {precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
+        raise BadInputError(f"trainer.precision: {precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
+    if fitting and config.trainer.max_steps < 1 and config.model.decay_steps is None:
+        raise BadInputError("trainer.max_steps: the run has no end; give the number of optimiser steps")
     data = build_data_module(config.data)
     if hasattr(data, "check"):
         data.check()
@@ -47,7 +54,7 @@ def build_data_module(spec: Namespace) -> Any:
     """The data module that a class path and its arguments describe; it opens nothing before its `setup`."""
     cls = imported_class(spec.class_path)
     if cls is None:
-        raise BadInput(f"data: no class {spec.class_path}")
+        raise BadInputError(f"data: no class {spec.class_path}")
     arguments = spec.get("init_args") or Namespace()
     return cls(**arguments.as_dict())
 

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from callbacks import (
     AtomicCheckpointIO,
@@ -23,10 +24,10 @@ from callbacks import (
 )
 from datamodules import C4DataModule
 from lightning_modules import MMRecLightningModule
-from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
 from mmrec.commandline.arguments import expand_configs
+from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
 from mmrec.commandline.commands import OUR_COMMANDS
-from mmrec.commandline.errors import BadInput
+from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.preflight import check_before_building, require_groups
 from mmrec.commandline.run_folder import RunFolder, default_root
@@ -48,9 +49,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 class RunParser(OneLineErrors, LightningArgumentParser):
     """Lightning's parser with errors of one line."""
 
-    def known_classes(self) -> list[str]:
-        """Callbacks, loggers and data modules that have been imported."""
-        return subclass_names(Callback, Logger, LightningDataModule)
+    def known_classes(self) -> dict[str, list[str]]:
+        """Data modules, callbacks and loggers that have been imported."""
+        bases = {"data": LightningDataModule, "trainer.callbacks": Callback, "trainer.logger": Logger}
+        return {key: subclass_names(base) for key, base in bases.items()}
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -64,7 +66,7 @@ class SaveRunConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             path = RunFolder(Path(trainer.default_root_dir)).config
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), overwrite=True, multifile=False)
+            self.parser.save(self.config, str(path), skip_unset=False, overwrite=True, multifile=False)
 
 
 class RunCLI(LightningCLI):
@@ -128,12 +130,15 @@ class RunCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
+        listed = parser._subcommands_action
+        assert listed is not None  # made by the line above
         for name, other in self._other_commands.items():
-            parser._subcommands_action.add_subcommand(name, other, help=other.description)
+            listed.add_subcommand(name, other, help=other.description)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse; Lightning's own warns wherever arguments are handed in."""
+        """Parse and check. Lightning's own warns wherever arguments are handed in."""
         self.config = parser.parse_args(args)
+        self._settle()
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would let the hyperparameters in a checkpoint override the command line's (its issue 21455)."""
@@ -145,7 +150,7 @@ class RunCLI(LightningCLI):
         """The chosen subcommand's part of the config."""
         return self.config[self.config["subcommand"]]
 
-    def before_instantiate_classes(self) -> None:
+    def _settle(self) -> None:
         """Settle the run folder and the checkpoint, and check everything that can be checked without building."""
         config, fitting = self.run_config, self.config["subcommand"] == "fit"
         require_groups(config, ["trainer", "model", "model.network", "data", *CONFIGURABLE_CALLBACKS])
@@ -158,7 +163,7 @@ class RunCLI(LightningCLI):
             self._checkpoint = self.folder.find_checkpoint(ckpt_path)
             if self._checkpoint is None and not fitting:
                 raise FileNotFoundError(f"no checkpoint under {self.folder.checkpoints}; give --ckpt_path FILE or run fit first")
-        check_before_building(config, self._checkpoint)
+        check_before_building(config, self._checkpoint, fitting)
         if fitting:
             self.folder.require_writable()
             if ckpt_path is not None and self._checkpoint is None:
@@ -172,15 +177,17 @@ class RunCLI(LightningCLI):
         fitting = self.subcommand == "fit"
         if config["logger"] is None or config["logger"] is True:
             folder = self.folder
-            config["logger"] = TensorBoardLogger(folder.root, name=folder.tensorboard.name, version="") if fitting else False
+            config["logger"] = (
+                TensorBoardLogger(folder.root, name=folder.tensorboard.name, version="", default_hp_metric=False) if fitting else False
+            )
         plugins = config["plugins"] if isinstance(config["plugins"], list) else [config["plugins"]] if config["plugins"] else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
         config["plugins"] = plugins
         try:
             return self._instantiate_trainer(config, self._our_callbacks(config))
-        except (ValueError, ModuleNotFoundError) as error:  # an unknown strategy, a plugin that is not installed
-            raise BadInput(f"trainer: {error}") from error
+        except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:  # an unknown strategy, no such device
+            raise BadInputError(f"trainer: {error}") from error
 
     def _our_callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         run = self.config_init[self.subcommand]
@@ -201,7 +208,7 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run's files lie."""
-        if self.trainer.fast_dev_run:
+        if self.run_config.trainer.fast_dev_run:  # writes nothing
             return
         say(f"TensorBoard logs: {self.folder.tensorboard} (tensorboard --logdir {self.folder.tensorboard})")
         if self.folder.last_checkpoint.is_file():

@@ -1,0 +1,80 @@
+"""What is bad input and what is a bug; jsonargparse's texts reduced; the nearest name."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules.tokenizer import load_tokenizer
+from mmrec.commandline.errors import BadInputError, bad_input_message, one_line_errors
+from mmrec.commandline.nearest import nearest_key, nearest_name
+from mmrec.commandline.parse_errors import one_line
+from mmrec.config import MMRecConfig
+
+
+def message_of(action: Callable[[], object]) -> str | None:
+    try:
+        action()
+    except Exception as error:
+        return bad_input_message(error)
+    raise AssertionError("nothing was raised")
+
+
+def test_what_our_packages_raise_is_bad_input() -> None:
+    assert message_of(lambda: MMRecConfig(model_dim=8, num_heads=3)).startswith("num_heads = 3 does not divide")
+    assert message_of(lambda: load_tokenizer("none.json")).startswith("no tokenizer file none.json")
+    assert message_of(lambda: open("none.txt")) == "none.txt: no such file or directory"
+
+
+def test_what_a_bug_raises_keeps_its_traceback() -> None:
+    assert message_of(lambda: torch.zeros(2).view(3, 3)) is None  # RuntimeError
+    assert message_of(lambda: torch.nn.functional.one_hot(torch.tensor([1]), -2)) is None
+    assert message_of(lambda: int("x")) is None  # a ValueError, but nobody's word to the user
+    with pytest.raises(ZeroDivisionError), one_line_errors():
+        1 / 0  # noqa: B018
+
+
+class _Broken(Dataset):
+    def __init__(self, ours: bool) -> None:
+        self.ours = ours
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        return load_tokenizer("none.json") if self.ours else int("x")
+
+
+def test_an_error_of_ours_in_a_data_worker_is_one_line_and_a_bug_there_is_not() -> None:
+    assert message_of(lambda: list(DataLoader(_Broken(ours=True), num_workers=1))).startswith("no tokenizer file none.json")
+    assert message_of(lambda: list(DataLoader(_Broken(ours=False), num_workers=1))) is None
+
+
+def test_the_line_is_one_and_the_exit_code_two(capsys) -> None:
+    with pytest.raises(SystemExit) as end, one_line_errors():
+        raise BadInputError("first\n  second")
+    assert end.value.code == 2
+    assert capsys.readouterr().err == "error: first second\n"
+
+
+def test_a_text_that_is_not_recognised_is_joined_to_one_line() -> None:
+    assert one_line("Something new:\n  - of which\n    nobody knew") == "Something new: - of which nobody knew"
+    nested = (
+        'Parser key "a.b":\n  Does not validate against any of the Union subtypes\n  Subtypes: [x]\n  Errors:\n    - Odd\n    - Odder\n'
+    )
+    assert one_line(nested).startswith("a.b: ")
+    assert "\n" not in one_line(nested)
+
+
+def test_the_nearest_name() -> None:
+    names = ["learning_rate", "eps", "betas", "warmup_steps"]
+    assert nearest_name("lr", names) == "learning_rate"
+    assert nearest_name("warm", names) == "warmup_steps"
+    assert nearest_name("epz", names) == "eps"
+    assert nearest_name("zzzz", names, cutoff=0.5) is None
+    assert nearest_name("x", []) is None
+    keys = ["trainer.max_steps", "trainer.max_epochs", "model.network.model_dim", "model.eps"]
+    assert nearest_key("model.model_dim", keys) == "model.network.model_dim"
+    assert nearest_key("trainer.maxsteps", keys) == "trainer.max_steps"
+    assert nearest_key("model.ep", keys) == "model.eps"

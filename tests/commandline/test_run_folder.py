@@ -1,0 +1,134 @@
+"""What a run writes and where, and how the next start finds it."""
+
+import math
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_support import fit, scalars, tags
+
+from mmrec.commandline.run_folder import default_root
+from mmrec.model import MMRecModel
+
+TAGS = {
+    "train/loss",
+    "train/loss_main",
+    "train/loss_aux",
+    "aux/layer_00/loss",
+    "train/grad_norm",
+    "train/lr",
+    "train/tokens",
+    "val/loss",
+    "val/ppl",
+}
+
+
+def test_the_folder_is_named_by_the_configs() -> None:
+    assert default_root(["cpu_tiny"]) == default_root(["elsewhere/cpu_tiny.yaml"]) == Path("runs/cpu_tiny")
+    assert default_root(["cpu_tiny", "mine/more.yaml"]) == Path("runs/cpu_tiny+more")
+    assert default_root([]) == Path("runs/default")
+
+
+def test_a_run_writes_into_one_folder(finished_run: Path) -> None:
+    assert {path.name for path in finished_run.iterdir()} == {"checkpoints", "tb", "config.yaml"}
+    names = {path.name for path in (finished_run / "checkpoints").iterdir()}
+    assert "last.ckpt" in names
+    assert any(name.startswith("step=000005-loss=") for name in names)  # the end, though 5 is no multiple of checkpoint_every
+    assert not [path for path in (finished_run / "tb").iterdir() if path.is_dir()]
+
+
+def test_the_event_files_hold_the_tags_of_every_group(finished_run: Path) -> None:
+    found = tags(finished_run)
+    assert found >= TAGS
+    assert {tag.split("/")[0] for tag in found} == {"train", "val", "aux", "memory", "latency", "throughput"}
+
+
+def test_the_first_validation_is_before_the_first_step(finished_run: Path) -> None:
+    losses = scalars(finished_run, "val/loss")
+    assert min(losses) == 0
+    assert losses[0] == pytest.approx(math.log(300), rel=0.05)
+    assert set(scalars(finished_run, "train/loss")) == set(range(5))
+
+
+def test_the_saved_config_is_the_whole_config_and_starts_the_same_run(finished_run: Path, cli, tmp_path: Path) -> None:
+    saved = yaml.safe_load((finished_run / "config.yaml").read_text())
+    assert saved["trainer"]["default_root_dir"] == str(finished_run)
+    assert saved["ckpt_path"] is None
+    assert saved["model"]["network"]["model_dim"] == 16
+    printed = cli("fit", "--config", str(finished_run / "config.yaml"), "--print_config")
+    assert yaml.safe_load(printed.out) == saved
+
+
+def test_a_checkpoint_loads_without_running_code(finished_run: Path) -> None:
+    checkpoint = torch.load(finished_run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["network"]["model_dim"] == 16
+    assert "_instantiator" not in checkpoint["hyper_parameters"]
+
+
+def test_last_starts_anew_where_there_is_no_checkpoint_and_resumes_where_there_is(tiny_config: Path, cli, tmp_path: Path) -> None:
+    first = cli("fit", "--config", str(tiny_config), "--ckpt_path", "last")
+    assert first.out.splitlines()[0] == "no checkpoint under runs/tiny/checkpoints, starting at step 0"
+    assert "TensorBoard logs: runs/tiny/tb" in first.out
+    assert "last checkpoint: runs/tiny/checkpoints/last.ckpt" in first.out
+    config = yaml.safe_load(Path("runs/tiny/config.yaml").read_text())
+
+    second = cli("fit", "--config", str(tiny_config), "--ckpt_path", "last", "--trainer.max_steps", "7", "--model.learning_rate", "0.5")
+    resumed = [line for line in second.out.splitlines() if line.startswith("resumed from")]
+    assert resumed == ["resumed from step 5: runs/tiny/checkpoints/last.ckpt"]
+    losses = scalars(Path("runs/tiny"), "train/loss")
+    assert set(losses) == set(range(7))
+    assert set(scalars(Path("runs/tiny"), "val/loss")) == {0}  # not validated again
+    # The command line decides, not the hyperparameters in the checkpoint; and config.yaml says so.
+    assert scalars(Path("runs/tiny"), "train/lr")[6] > 0.3
+    assert config["model"]["learning_rate"] == 0.01
+    assert yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["model"]["learning_rate"] == 0.5
+    assert {path.name for path in Path("runs/tiny").iterdir()} == {"checkpoints", "tb", "config.yaml"}
+
+
+def test_validate_test_and_predict_take_the_last_checkpoint_and_write_no_logs(finished_run: Path, tiny_config: Path, cli) -> None:
+    before = sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*"))
+    results = {}
+    for command in ("validate", "test", "predict"):
+        results[command] = cli(command, "--config", str(tiny_config), "--trainer.default_root_dir", str(finished_run))
+        assert results[command].code == 0
+    assert "val/loss" in results["validate"].out
+    assert "test/loss" in results["test"].out
+    assert sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*")) == before
+
+
+def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_written(finished_run: Path, tiny_config: Path, cli) -> None:
+    path = str(finished_run / "checkpoints" / "last.ckpt")
+    error = cli("fit", "--config", str(tiny_config), "--ckpt_path", path, "--model.network.model_dim", "32").error
+    assert "the checkpoint is of another network: network." in error
+    assert "model.network.model_dim=16" in error
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "code"])
+def test_a_damaged_or_foreign_checkpoint_is_one_line(damage: str, finished_run: Path, tiny_config: Path, cli) -> None:
+    whole = (finished_run / "checkpoints" / "last.ckpt").read_bytes()
+    if damage == "code":
+        torch.save({"state_dict": {}, "model": MMRecModel(vocab_size=8, model_dim=8, num_layers=1)}, "bad.ckpt")
+    else:
+        Path("bad.ckpt").write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"no checkpoint at all")
+    assert cli("fit", "--config", str(tiny_config), "--ckpt_path", "bad.ckpt").error.startswith("checkpoint bad.ckpt is ")
+    assert not Path("runs").exists()
+
+
+def test_our_callbacks_stay_whatever_the_list_says_and_each_can_be_left_out(tiny_config: Path, cli) -> None:
+    Path("x.yaml").write_text("trainer:\n  callbacks:\n  - class_path: LearningRateMonitor\n")
+    options = ["--disable_callbacks", "[step_latency]", "--trainer.max_steps", "2", "--trainer.default_root_dir", "run"]
+    assert cli("fit", "--config", str(tiny_config), "--config", "x.yaml", *options).code == 0
+    found = tags(Path("run"))
+    assert {tag for tag in found if tag.startswith("lr-")}  # the user's
+    assert {tag.split("/")[0] for tag in found} >= {"memory", "aux"}
+    assert not {tag for tag in found if tag.startswith("latency/")}
+    assert Path("run/checkpoints/last.ckpt").is_file()
+
+
+def test_a_moved_run_goes_on(finished_run: Path, tiny_config: Path, cli) -> None:
+    shutil.copytree(finished_run, "moved")
+    fit(tiny_config, "--trainer.default_root_dir", "moved", "--ckpt_path", "last", "--trainer.max_steps", "6")
+    assert set(scalars(Path("moved"), "train/loss")) == set(range(6))
