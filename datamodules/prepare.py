@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
 from datamodules.atomic import require_writable, write_atomically
 from datamodules.documents import LineCounts, parse_line, probe_files, read_lines, resolve_files
@@ -82,7 +82,7 @@ def prepare(
     if finished is not None:
         return finished
     bar = Progress(
-        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f} %"), MofNCompleteColumn(),
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f} %"),
         TextColumn("{task.fields[tokens]:,} tokens"), TimeRemainingColumn(), disable=not progress, transient=False,
     )  # fmt: skip
     try:
@@ -152,7 +152,6 @@ def _tokenizer(folder: Path, files: list[str], settings: dict[str, Any], given: 
     elif not path.is_file():  # it is written atomically, so one that is there is whole
         task = bar.add_task("read for BPE", total=settings["tokenizer_bytes"], tokens=0)
         train_tokenizer(_texts(files, settings, bar, task), settings["vocab_size"], path)
-        bar.update(task, description="train BPE", completed=settings["tokenizer_bytes"])
     return load_tokenizer(path)
 
 
@@ -172,6 +171,7 @@ def _texts(files: list[str], settings: dict[str, Any], bar: Progress, task: Task
             bar.advance(task, len(line))
             if size >= settings["tokenizer_bytes"] // len(files):
                 break
+    bar.update(task, description="train the BPE", completed=settings["tokenizer_bytes"])
 
 
 def _claim(folder: Path, fingerprint: str) -> dict[str, Any] | None:

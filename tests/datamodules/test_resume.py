@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +111,68 @@ def test_a_resumed_run_sees_the_batches_of_the_uninterrupted_one(make_data, tmp_
     assert not all(torch.equal(straight[0]["input_ids"], batch["input_ids"]) for batch in straight[1:])
     resumed, _ = _fit(make_data(source, num_workers=num_workers), tmp_path, resume=checkpoint)
     _assert_same(resumed, straight[4:])
+
+
+class DieAt(Callback):
+    """Saves every second step, and is killed at a step as by `kill -9`."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path, self.step = path, step
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if trainer.global_step % 2 == 0:
+            trainer.save_checkpoint(self.path)
+
+
+@pytest.mark.parametrize(("source", "num_workers"), [("sample", 0), ("local", 0), ("local", 2), ("tokens", 2)])
+def test_killed_at_a_random_step(make_data, tmp_path: Path, source: str, num_workers: int) -> None:
+    straight, _ = _fit(make_data(source, num_workers=num_workers), tmp_path)
+    step, checkpoint = random.randrange(3, STEPS), tmp_path / "step.ckpt"
+    process = mp.get_context("fork").Process(
+        target=_fit, args=(make_data(source, num_workers=num_workers), tmp_path), kwargs={"callback": DieAt(checkpoint, step)}
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    resumed, _ = _fit(make_data(source, num_workers=num_workers), tmp_path, resume=checkpoint)
+    _assert_same(resumed, straight[(step - 1) // 2 * 2 :])
+
+
+class SaveBatches(Callback):
+    """Each rank's batches in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: Trainer, module: Recorder) -> None:
+        torch.save(module.batches, self.folder / f"rank-{trainer.global_rank}.pt")
+
+
+def _fit_on_two_ranks(data: PackedDataModule, folder: Path, callbacks: list[Callback], resume: Path | None) -> list[Any]:
+    folder.mkdir()
+    trainer = Trainer(
+        max_steps=STEPS, accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_progress_bar=False,
+        enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, callbacks=[*callbacks, SaveBatches(folder)],
+    )  # fmt: skip
+    trainer.fit(Recorder(), datamodule=data, ckpt_path=resume)
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("source", ["sample", "local"])
+def test_two_ranks_resume_each_at_its_own_place_through_the_trainer(make_data, tmp_path: Path, source: str) -> None:
+    checkpoint = tmp_path / "step.ckpt"
+    data = make_data(source, num_workers=1)
+    straight = _fit_on_two_ranks(data, tmp_path / "straight", [SaveAt(checkpoint, 4)], None)
+    resumed = _fit_on_two_ranks(make_data(source, num_workers=1), tmp_path / "resumed", [], checkpoint)
+    for rank in range(2):
+        assert len(straight[rank]) == STEPS
+        _assert_same(resumed[rank], straight[rank][4:])
+    assert not torch.equal(straight[0][0]["input_ids"], straight[1][0]["input_ids"])
+    if source == "sample":  # two ranks with batch b see what one with 2b sees
+        one, _ = _fit(make_data(source, batch_size=4), tmp_path)
+        _assert_same([{name: torch.cat([a[name], b[name]]) for name in a} for a, b in zip(*straight, strict=True)], one)
 
 
 @pytest.mark.parametrize("saved_at", [3, 6, 7])
