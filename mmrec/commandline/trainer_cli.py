@@ -1,5 +1,6 @@
 """`fit`, `validate`, `test` and `predict`: Lightning's CLI with a run folder, our callbacks and one-line errors."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from callbacks import (
     TrainingProgressBar,
 )
 from datamodules import C4DataModule
+from datamodules.atomic import write_atomically
 from lightning_modules import MMRecLightningModule
 from mmrec.commandline.arguments import expand_configs
 from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
@@ -71,6 +73,10 @@ class SaveRunConfig(SaveConfigCallback):
 
 class RunCLI(LightningCLI):
     """Lightning's CLI for MM-Rec.
+
+    `trainer.callbacks` in a config or on the command line is the user's list: given again it is replaced, `trainer.callbacks+` appends
+    to it. Our own callbacks are no part of it and stay, whatever it says; `disable_callbacks` names those to leave out, and
+    `memory_profile`, `step_latency` and `auxiliary_curves` are groups of their arguments.
 
     Args:
         arguments: what follows the program's name, configs expanded.
@@ -168,8 +174,16 @@ class RunCLI(LightningCLI):
             self.folder.require_writable()
             if ckpt_path is not None and self._checkpoint is None:
                 say(f"no checkpoint under {self.folder.checkpoints}, starting at step 0")
+            elif ckpt_path is None and self.folder.last_checkpoint.is_file():
+                say(f"{self.folder.root} holds a run already; it is begun anew at step 0 (--ckpt_path last goes on with it)")
 
     # ---- building
+
+    def instantiate_classes(self) -> None:
+        """Data, module, Trainer; Lightning's own calls what jsonargparse has deprecated."""
+        self.config_init = self.parser.instantiate(self.config)
+        self.datamodule, self.model = self.config_init[self.subcommand]["data"], self.config_init[self.subcommand]["model"]
+        self.trainer = self.instantiate_trainer()
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The Trainer with the run folder's logger, our callbacks and the atomic writing of checkpoints."""
@@ -205,6 +219,16 @@ class RunCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)
         return {**kwargs, "ckpt_path": None if self._checkpoint is None else str(self._checkpoint), "weights_only": True}
+
+    def predict(self, **kwargs: Any) -> None:
+        """Write how well each sequence was foreseen: its mean negative log-likelihood in nats and its number of tokens, a line each."""
+        batches: list[Any] = self.trainer.predict(**kwargs) or []
+        suffix = f".{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
+        path = self.folder.root / f"predictions{suffix}.jsonl"
+        rows = [row for batch in batches for row in zip(batch["loss"].tolist(), batch["num_tokens"].tolist(), strict=True)]
+        lines = [json.dumps({"loss": loss, "num_tokens": count}) + "\n" for loss, count in rows]
+        write_atomically(path, "".join(lines).encode())
+        say(f"predictions: {path}, one line a sequence")
 
     def after_fit(self) -> None:
         """Say where the run's files lie."""

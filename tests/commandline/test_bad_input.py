@@ -57,7 +57,7 @@ FILES = {
     "trainer:\n  logger:\n    class_path: TensorBoardLogger\n    init_args: {save: x}\n": (
         "unknown key trainer.logger.save of TensorBoardLogger; did you mean trainer.logger.save_dir?"
     ),
-    "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.model_checkpoint.os.system\n": "class path posix.system is refused",
+    "trainer:\n  callbacks:\n  - class_path: lightning.pytorch.callbacks.model_checkpoint.os.system\n": "posix.system is refused",
     "seed_everything: abc\n": "seed_everything: expected bool or int, got abc",
 }
 

@@ -11,9 +11,12 @@ from cli_support import VOCABULARY, fit
 
 from datamodules.sample_text import SampleText
 from datamodules.tokenizer import load_tokenizer
+from mmrec.cli import main
+from mmrec.commandline import command_generate
 from mmrec.commandline.checkpoints import load_network
 from mmrec.commandline.streaming_text import text_pieces
 from mmrec.generate import Sampling, generate
+from mmrec.model import MMRecModel
 
 
 class Streams:
@@ -28,16 +31,19 @@ class Streams:
 
 
 @pytest.fixture
-def generated(finished_run: Path, sample_cache: Path, monkeypatch: pytest.MonkeyPatch, cli):
-    """Text that `generate` writes for some options."""
+def generated(finished_run: Path, monkeypatch: pytest.MonkeyPatch):
+    """Text that `generate` writes for some options; the ids of the prompt it read are in `prompt_ids`."""
+
+    def spy(network: MMRecModel, prompt_ids: list[int], *args: object, **kwargs: object):
+        call.prompt_ids = prompt_ids
+        return generate(network, prompt_ids, *args, **kwargs)
 
     def call(*options: str, typed: bytes = b"") -> str:
         streams = Streams(typed)
         with monkeypatch.context() as patch:
             patch.setattr(sys, "stdin", streams.stdin)
             patch.setattr(sys, "stdout", streams.stdout)
-            from mmrec.cli import main
-
+            patch.setattr(command_generate, "generate", spy)
             main(["generate", "--run", str(finished_run), *options])
         return streams.written()
 
@@ -55,13 +61,19 @@ def test_generate_streams_the_text_that_the_network_gives(generated, finished_ru
     assert ids
 
 
-def test_generate_reads_the_prompt_from_a_file_or_the_standard_input(generated) -> None:
+def test_generate_reads_the_prompt_from_a_file_or_the_standard_input(generated, sample_cache: Path) -> None:
+    tokenizer = load_tokenizer(next(sample_cache.rglob("tokenizer.json")))
     options = ["--max_new_tokens", "10", "--chunk_size", "3"]
     expected = generated("--prompt", "Grüße, 世界", *options)
+    prompt_ids = [tokenizer.eod_id, *tokenizer.encode("Grüße, 世界")]
+    assert generated.prompt_ids == prompt_ids
     Path("prompt.txt").write_text("Grüße, 世界", encoding="utf-8")
     assert generated("--prompt_file", "prompt.txt", *options) == expected
+    assert generated.prompt_ids == prompt_ids
     assert generated("--prompt_file", "-", *options, typed="Grüße, 世界".encode()) == expected
-    assert generated(*options) != expected
+    assert generated.prompt_ids == prompt_ids
+    generated(*options)
+    assert generated.prompt_ids == [tokenizer.eod_id]  # a new document
 
 
 def test_generate_builds_no_planning_projections(finished_run: Path) -> None:
@@ -121,7 +133,7 @@ def test_prepare_writes_tokens_that_fit_trains_on(cli, tiny_config: Path) -> Non
         "--workers",
         "0",
     ]
-    prepared = cli("prepare", *options, "--progress", "false")
+    prepared = cli("prepare", *options, "--validation_fraction", "0.1", "--progress", "false")
     assert prepared.code == 0, prepared.err
     assert f"vocabulary: {VOCABULARY}; tokenizer: tokens/tokenizer.json" in prepared.out
     Path("x.yaml").write_text("data:\n  init_args: {source: tokens, tokens_dir: tokens, cache_dir: null}\n")

@@ -1,6 +1,7 @@
 """What is bad input and what is a bug; jsonargparse's texts reduced; the nearest name."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def message_of(action: Callable[[], object]) -> str | None:
 def test_what_our_packages_raise_is_bad_input() -> None:
     assert message_of(lambda: MMRecConfig(model_dim=8, num_heads=3)).startswith("num_heads = 3 does not divide")
     assert message_of(lambda: load_tokenizer("none.json")).startswith("no tokenizer file none.json")
-    assert message_of(lambda: open("none.txt")) == "none.txt: no such file or directory"
+    assert message_of(lambda: Path("none.txt").read_text()) == "none.txt: no such file or directory"
 
 
 def test_what_a_bug_raises_keeps_its_traceback() -> None:

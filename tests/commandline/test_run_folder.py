@@ -1,5 +1,6 @@
 """What a run writes and where, and how the next start finds it."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -88,14 +89,21 @@ def test_last_starts_anew_where_there_is_no_checkpoint_and_resumes_where_there_i
 
 
 def test_validate_test_and_predict_take_the_last_checkpoint_and_write_no_logs(finished_run: Path, tiny_config: Path, cli) -> None:
-    before = sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*"))
+    run = Path("copy")
+    shutil.copytree(finished_run, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
     results = {}
     for command in ("validate", "test", "predict"):
-        results[command] = cli(command, "--config", str(tiny_config), "--trainer.default_root_dir", str(finished_run))
+        results[command] = cli(command, "--config", str(tiny_config), "--trainer.default_root_dir", str(run))
         assert results[command].code == 0
     assert "val/loss" in results["validate"].out
     assert "test/loss" in results["test"].out
-    assert sorted((path, path.stat().st_mtime_ns) for path in finished_run.rglob("*")) == before
+    predictions = run / "predictions.jsonl"
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert len(rows) == 2  # validation_batches × batch_size
+    assert all(0 < row["loss"] < 10 and row["num_tokens"] == 16 for row in rows)
+    predictions.unlink()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_written(finished_run: Path, tiny_config: Path, cli) -> None:
@@ -126,6 +134,28 @@ def test_our_callbacks_stay_whatever_the_list_says_and_each_can_be_left_out(tiny
     assert {tag.split("/")[0] for tag in found} >= {"memory", "aux"}
     assert not {tag for tag in found if tag.startswith("latency/")}
     assert Path("run/checkpoints/last.ckpt").is_file()
+
+
+def test_a_second_fit_says_that_it_begins_anew(tiny_config: Path, cli) -> None:
+    options = ["--trainer.max_steps", "1"]
+    assert "begun anew" not in cli("fit", "--config", str(tiny_config), *options).out
+    again = cli("fit", "--config", str(tiny_config), *options).out
+    assert again.startswith("runs/tiny holds a run already; it is begun anew at step 0 (--ckpt_path last goes on with it)")
+
+
+def test_bad_lines_met_in_training_end_in_one_line(tiny_config: Path, sample_cache: Path, cli) -> None:
+    good = json.dumps({"text": "word " * 40}) + "\n"
+    Path("text.jsonl").write_text(good * 300 + "no json\n" * 100 + good * 2)
+    tokenizer = next(sample_cache.rglob("tokenizer.json"))
+    arguments = {"source": "local", "tokenizer": str(tokenizer), "train_files": "text.jsonl", "validation_files": "good.jsonl"}
+    Path("good.jsonl").write_text(good * 5)
+    Path("x.yaml").write_text(yaml.safe_dump({"data": {"init_args": {**arguments, "cache_dir": None, "max_bad_line_share": 0.05}}}))
+    ended = cli("fit", "--config", str(tiny_config), "--config", "x.yaml", "--trainer.max_steps", "2000")
+    assert ended.code == 2
+    lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert "text.jsonl:301" in lines[0]
+    assert "Traceback" not in ended.err
 
 
 def test_a_moved_run_goes_on(finished_run: Path, tiny_config: Path, cli) -> None:
