@@ -187,6 +187,7 @@ class C4DataModule(PackedDataModule):
             return
         corpus = self._setup_tokens() if self.source in ("sample", "tokens") else self._setup_text()
         options = asdict(self.options)
+        del options["max_bad_line_share"]  # it changes no batch: a run may be resumed with another one
         if self.source in ("sample", "tokens"):
             options = {name: options[name] for name in ("seq_len", "batch_size", "seed", "shuffle", "reset_at_documents")}
         elif self.source == "hub" or self.validation_files is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from datamodules.tokenise import Split, read_chunks, tokenise_chunks
 from datamodules.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from datamodules.tokens import FORMAT, MANIFEST, load_manifest
 
+_logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
 _TOKENIZER = "tokenizer.json"
 Patterns = str | Sequence[str]
@@ -142,6 +144,8 @@ def _write_split(
         writer.counts.require_share(max_bad_line_share, final=False)
         bar.update(task, completed=sum(sizes[: result.chunk.file]) + result.chunk.position, tokens=writer.tokens)
     writer.counts.require_share(max_bad_line_share, final=True)
+    if writer.counts.skipped and not side.validation:  # the validation side of a hash split reads the same lines again
+        _logger.warning("%s: %s", name, writer.counts.summary())
     bar.update(task, completed=sum(sizes), tokens=writer.tokens)
 
 

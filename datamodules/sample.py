@@ -40,13 +40,16 @@ def ensure_sample(cache: str | Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Pa
     It is built in a folder beside its place and renamed: processes that do so at once do not disturb each other.
 
     Raises:
-        ValueError: the sample's text cannot fill `vocab_size`.
+        ValueError: the sample's text cannot fill `vocab_size`, or the cached sample is damaged.
         PermissionError, NotADirectoryError: the cache folder cannot be written.
     """
     target = sample_folder(cache, vocab_size)
     tokens = target / "tokens"
     if (tokens / MANIFEST).is_file():
-        load_manifest(tokens, vocab_size)
+        try:
+            load_manifest(tokens, vocab_size)
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"the cached sample is damaged: delete the folder {target} and start again ({error})") from error
         return tokens
     require_writable(cache, "cache folder of the built-in sample")
     Path(cache).mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ import numpy as np
 from datamodules.documents import LineCounts, is_validation, parse_line, read_lines
 from datamodules.permutation import Permutation
 
+_logger = logging.getLogger(__name__)
 Record = tuple[str | None, str | None]
 
 
@@ -113,6 +115,8 @@ class DocumentStream:
     Shuffling is by shards and within blocks of `shuffle_block` documents, both from (seed, place): nothing has to be stored but the place.
     (`datasets`' own shuffle buffer loses its contents on resume.)
 
+    Skipped lines are reported to the log after each shard that had some.
+
     Args:
         shards: where records come from.
         consumer, num_consumers: which part is ours.
@@ -155,7 +159,7 @@ class DocumentStream:
         return [texts[index] for index in order]
 
     def _documents(self, start: Cursor, counts: LineCounts) -> Iterator[tuple[Cursor, str]]:
-        epoch, found = start.epoch, start.position > 0 or start.line > 0
+        epoch, found, reported = start.epoch, start.position > 0 or start.line > 0, counts.skipped
         while True:
             for position, shard, step, offset in self._plan(epoch):
                 if epoch == start.epoch and position < start.position:
@@ -168,6 +172,9 @@ class DocumentStream:
                     if text is not None and not is_validation(text, self._fraction):
                         found = True
                         yield Cursor(epoch, position, number), text
+                if counts.skipped > reported:
+                    reported = counts.skipped
+                    _logger.warning("after %s: %s", self._shards.name(shard), counts.summary())
             counts.require_share(self._max_bad, final=True)
             if not found:
                 raise ValueError(

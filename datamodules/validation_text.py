@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,7 @@ from datamodules.packing import ArrayWindows, StreamOptions
 from datamodules.text_source import TextShards
 from datamodules.tokenizer import Tokenizer
 
+_logger = logging.getLogger(__name__)
 _ENCODE_TOGETHER = 256
 
 
@@ -45,6 +47,8 @@ def validation_windows(
     else:
         total += encode()
         counts.require_share(options.max_bad_line_share, final=True)
+    if counts.skipped:
+        _logger.warning("validation %s: %s", name, counts.summary())
     tokens = np.concatenate(arrays)[:wanted]
     if len(tokens) <= options.seq_len:
         share = "; raise data.validation_fraction or give data.validation_files" if hashed else "; give more text or lower data.seq_len"

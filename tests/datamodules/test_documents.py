@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,14 @@ def test_globs_that_match_nothing_or_only_empty_files(tmp_path: Path) -> None:
         resolve_files(str(tmp_path / "*.jsonl"), "train_files")
     with pytest.raises(ValueError, match=r"^train_files is empty"):
         resolve_files([], "train_files")
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text("x")
+    # Permissions do not bind root, under whom CI may run: the answer of the system is what is replaced.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(PermissionError, match=r"^train_files: no permission to read .*a\.jsonl; change its mode"):
+        resolve_files(str(tmp_path / "*.jsonl"), "train_files")
 
 
 def test_globs_are_sorted_and_without_repetition(tmp_path: Path) -> None:

@@ -127,8 +127,8 @@ def test_every_state_continues_to_the_bit(shards: LocalShards, tokenizer_path: s
         assert resumed.state_dict() == states[step + 2]
 
 
-def test_bad_lines_are_counted_in_the_state_and_not_twice_after_a_resume(
-    tmp_path: Path, write_lines, json_lines, texts, tokenizer_path
+def test_bad_lines_are_reported_and_counted_once_also_after_a_resume(
+    tmp_path: Path, write_lines, json_lines, texts, tokenizer_path, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = json_lines(texts)
     for place in (3, 30, 60):
@@ -138,6 +138,7 @@ def test_bad_lines_are_counted_in_the_state_and_not_twice_after_a_resume(
     iterator = iter(dataset)
     while iterator.state_dict()["block"]["epoch"] < 2:
         next(iterator)
+    assert caplog.messages[0] == f'after {path}: skipped 3 of 93 lines (3.23 %: 3 without a "text" string), the first at {path}:4'
     resumed = iter(dataset)
     resumed.load_state_dict(iterator.state_dict())
     next(resumed), next(iterator)

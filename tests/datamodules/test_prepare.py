@@ -163,7 +163,7 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path, write_lines, json_li
     assert TokenWindows(tmp_path / "t", "train", 16).batch(np.asarray([0]))["input_ids"].shape == (1, 16)
 
 
-def test_skipped_lines_are_counted_and_fail_past_the_share(tmp_path: Path, write_lines, json_lines, texts: list[str]) -> None:
+def test_skipped_lines_are_counted_and_fail_past_the_share(tmp_path: Path, write_lines, json_lines, texts: list[str], caplog) -> None:
     lines = json_lines(texts)
     lines[20:20] = [b"{broken", b'{"text": 5}', b"\xff\xfe\xfa", b""]
     path = write_lines(tmp_path / "part.jsonl.xz", lines)
@@ -173,6 +173,7 @@ def test_skipped_lines_are_counted_and_fail_past_the_share(tmp_path: Path, write
         prepare(str(path), str(tmp_path / "tokens"), workers=2, **settings)
     assert not (tmp_path / "tokens").exists()
     manifest = prepare(str(path), str(tmp_path / "tokens"), max_bad_line_share=0.05, workers=2, **settings)
+    assert [message.partition(" (")[0] for message in caplog.messages] == ["train: skipped 4 of 94 lines"]
     lines_read = manifest["splits"]["train"]["lines"]
     assert lines_read == {"lines": 94, "not_json": 1, "no_text": 1, "not_utf8": 1, "empty": 1, "first_bad": f"{path}:21"}
 

@@ -232,6 +232,7 @@ def test_changed_settings_and_corpora_are_refused_in_one_line(make_data, corpus:
     ):
         with pytest.raises(ValueError, match=message):
             _loader(make_data("local", **changes)).load_state_dict(state)
+    _loader(make_data("local", max_bad_line_share=0.5)).load_state_dict(state)  # changes no batch
     with pytest.raises(ValueError, match=r"data\.source was 'local' when the checkpoint was written, now it is 'tokens'"):
         _loader(make_data("tokens")).load_state_dict(state)
     with pytest.raises(ValueError, match="written by 2 process\\(es\\), this run has 1; start 2 "):

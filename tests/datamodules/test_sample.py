@@ -58,6 +58,14 @@ def small_sample(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_sample")
+def test_a_damaged_cache_names_the_folder_to_delete(tmp_path: Path) -> None:
+    tokens = ensure_sample(tmp_path, 600)
+    (tokens / "train-00000.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"^the cached sample is damaged: delete the folder {tokens.parent} and start again \("):
+        ensure_sample(tmp_path, 600)
+
+
+@pytest.mark.usefixtures("small_sample")
 def test_processes_make_it_at_once(tmp_path: Path) -> None:
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("fork")) as pool:
         folders = [pool.submit(ensure_sample, tmp_path, 600) for _ in range(3)]
