@@ -12,11 +12,14 @@ from callbacks.tensorboard_layout import custom_scalar_layout
 class AuxiliaryLossCurves(Callback):
     """Curves of the auxiliary loss, grouped in TensorBoard's custom-scalar page together with the run's other tags.
 
-    Every logged step: `aux/layer_NN/loss` (unscaled, mean of the ranks) and `aux/share_of_total`. Every `diagnostics_every_n_steps`,
-    from rank 0's first micro-batch: `aux/layer_NN/target_variance`, `…/target_effective_rank`, `…/gate_jacobian_max`,
-    `…/gate_jacobian_share`, and a histogram over the layers of each (`aux/by_layer/…`), as of the loss. Every
-    `gradients_every_n_steps`: `aux/grad_norm_ratio` and `aux/grad_cosine` of the auxiliary gradient against the main one, on the first
-    `gradient_sequences` of the batch; neither gradients nor random states of the training are touched.
+    Every logged step: `aux/layer_NN/loss` (unscaled, mean of the ranks) and `aux/share_of_total`.
+
+    Every `diagnostics_every_n_steps` and at the last step, from rank 0's first micro-batch: `aux/layer_NN/target_variance`,
+    `…/target_effective_rank`, `…/gate_jacobian_max`, `…/gate_jacobian_share`, and a histogram over the layers of each
+    (`aux/by_layer/…`), as of the loss.
+
+    Every `gradients_every_n_steps` and at the last step: `aux/grad_norm_ratio` and `aux/grad_cosine` of the auxiliary gradient against
+    the main one, on the first `gradient_sequences` of the batch; neither gradients nor random states of the training are touched.
 
     The module must have `step_losses`, `last_loss`, `diagnostics_wanted` and `auxiliary_gradient_statistics(batch)`.
     """
@@ -58,8 +61,8 @@ class AuxiliaryLossCurves(Callback):
         if step == self._step:
             return
         self._step, self._diagnostics, self._gradients = step, {}, {}
-        pl_module.diagnostics_wanted = _is_due(step, self.diagnostics_every_n_steps)
-        if _is_due(step, self.gradients_every_n_steps) and pl_module.network.use_uboo:
+        pl_module.diagnostics_wanted = _is_due(trainer, step, self.diagnostics_every_n_steps)
+        if _is_due(trainer, step, self.gradients_every_n_steps) and pl_module.network.use_uboo:
             part = {name: value[: self.gradient_sequences] for name, value in batch.items()}
             self._gradients = pl_module.auxiliary_gradient_statistics(part)
 
@@ -90,5 +93,6 @@ class AuxiliaryLossCurves(Callback):
                     writer.add_histogram("aux/by_layer/loss", losses.auxiliary_by_layer.cpu(), step)
 
 
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and step % interval == 0
+def _is_due(trainer: Trainer, step: int, interval: int) -> bool:
+    """At the last step as well: TensorBoard draws a curve of one point badly, or, off its default axis, not at all."""
+    return interval > 0 and (step % interval == 0 or step + 1 == trainer.max_steps)

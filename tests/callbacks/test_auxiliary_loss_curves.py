@@ -35,7 +35,7 @@ def test_tags_values_and_histograms(tmp_path: Path, stubs: ModuleType) -> None:
     by_layer = {f"aux/layer_{index:02d}/{name}" for index in (0, 1) for name in (*diagnostics, "loss")}
     assert {tag for tag in logged if tag.startswith("aux/")} == by_layer | {"aux/share_of_total", "aux/grad_norm_ratio", "aux/grad_cosine"}
     assert list(logged["aux/layer_01/loss"]) == [0, 1, 2, 3, 4]
-    assert list(logged["aux/layer_01/target_variance"]) == [0, 3]
+    assert list(logged["aux/layer_01/target_variance"]) == [0, 3, 4]  # the last as well
     assert list(logged["aux/grad_norm_ratio"]) == [0, 2, 4]
     for step in range(5):
         total = sum(logged[f"aux/layer_{index:02d}/loss"][step] for index in (0, 1))
