@@ -55,19 +55,24 @@ class Split:
 
 def read_chunks(files: list[str], file: int = 0, line: int = 0) -> Iterator[Chunk]:
     """Chunks of all lines of `files` from line `line` (0-based) of file number `file` on."""
+    position = 0
+
+    def at(offset: int) -> None:
+        nonlocal position
+        position = offset
+
     for number in range(file, len(files)):
         first = line if number == file else 0
-        position = [0]
         lines: list[bytes] = []
         size = 0
-        for content in read_lines(files[number], first, lambda offset, position=position: position.__setitem__(0, offset)):
+        for content in read_lines(files[number], first, at):
             lines.append(content)
             size += len(content)
             if len(lines) == _CHUNK_LINES or size >= _CHUNK_BYTES:
-                yield Chunk(number, first, lines, position[0])
+                yield Chunk(number, first, lines, position)
                 first, lines, size = first + len(lines), [], 0
         if lines:
-            yield Chunk(number, first, lines, position[0])
+            yield Chunk(number, first, lines, position)
 
 
 def tokenise(chunk: Chunk, tokenizer: Tokenizer, split: Split) -> TokenisedChunk:

@@ -18,7 +18,7 @@ from datamodules.fingerprint import fingerprint_of, sha256_of
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 def load_manifest(folder: str | Path, vocab_size: int | None = None) -> dict[str, Any]:
