@@ -19,14 +19,18 @@ def scalars(folder: Path) -> dict[str, list[float]]:
     return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("use_hem", [True, False], ids=["HEM", "six"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loss_and_gradients_against_float64(dtype: torch.dtype, use_hem: bool) -> None:
+def test_loss_and_gradients_against_float64(dtype: torch.dtype, use_hem: bool, compiled: bool) -> None:
     model = MMRecModel(vocab_size=101, model_dim=64, num_layers=2, num_heads=2, pe_dim=16, use_hem=use_hem, orthogonalize=True)
     batch = {"input_ids": torch.randint(101, (2, 130)), "labels": torch.randint(-1, 101, (2, 130)), "reset": torch.rand(2, 130) < 0.05}
     exact = MMRecModel(model.config).double()
     exact.load_state_dict(model.to(dtype).state_dict())
     exact.loss(batch).loss.backward()
+    if compiled:
+        for block in model.blocks:
+            block.compile()
     model.cuda().loss({name: tensor.cuda() for name, tensor in batch.items()}).loss.backward()
     expected = dict(exact.named_parameters())
     # A bf16 network rounds every activation: its gradients are compared as a whole, not to the tolerance of one operation.
