@@ -10,6 +10,7 @@ from lightning.pytorch.callbacks.progress.rich_progress import CustomProgress, R
 from rich.console import Console
 
 REFRESH_SECONDS = 0.5
+NEVER = float("-inf")  # not 0: a monotonic clock may count from the machine's start
 
 
 class TrainingProgressBar(RichProgressBar):
@@ -32,7 +33,8 @@ class TrainingProgressBar(RichProgressBar):
         self.is_terminal = Console().is_terminal
         self._tokens = 0
         self._tokens_per_second = 0.0
-        self._rate_since = self._shown_at = self._line_at = 0.0
+        self._rate_since = 0.0
+        self._shown_at = self._line_at = NEVER
         self._first_step = self._step = 0
         self._started_at = 0.0
 
@@ -52,7 +54,7 @@ class TrainingProgressBar(RichProgressBar):
         self._first_step = self._step = trainer.global_step
         self._started_at = now
         self._tokens, self._rate_since = 0, now
-        self._shown_at, self._line_at = 0.0, 0.0
+        self._shown_at = self._line_at = NEVER
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Show the training bar; it goes on from epoch to epoch."""

@@ -32,11 +32,13 @@ def test_loss_and_gradients_against_float64(dtype: torch.dtype, use_hem: bool, c
         for block in model.blocks:
             block.compile()
     model.cuda().loss({name: tensor.cuda() for name, tensor in batch.items()}).loss.backward()
-    expected = dict(exact.named_parameters())
-    # A bf16 network rounds every activation: its gradients are compared as a whole, not to the tolerance of one operation.
-    limit = TOLERANCE[dtype] * (10 if dtype == torch.bfloat16 else 5)
-    for name, parameter in model.named_parameters():
-        assert relative_error(parameter.grad.cpu(), expected[name].grad) < limit, name
+    exact_gradients = {name: parameter.grad.flatten() for name, parameter in exact.named_parameters()}
+    gradients = {name: parameter.grad.cpu().flatten() for name, parameter in model.named_parameters()}
+    # A bf16 network rounds every activation; what reaches a single weight through norms may be little more than rounding.
+    whole, single = (0.05, 0.3) if dtype == torch.bfloat16 else (TOLERANCE[dtype], 5 * TOLERANCE[dtype])
+    assert relative_error(torch.cat([g.double() for g in gradients.values()]), torch.cat(list(exact_gradients.values()))) < whole
+    for name, gradient in gradients.items():
+        assert relative_error(gradient, exact_gradients[name]) < single, name
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])

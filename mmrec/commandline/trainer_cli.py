@@ -37,8 +37,8 @@ from mmrec.commandline.run_folder import RunFolder, default_root
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
 CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
     "memory_profile": GPUMemoryProfile,
-    "step_latency": StepLatency,
     "auxiliary_curves": AuxiliaryLossCurves,
+    "step_latency": StepLatency,  # last: the forward begins when it is called, and the others' work is not part of it
 }
 CallbackName = Literal["memory_profile", "step_latency", "auxiliary_curves"]
 TRAINER_DEFAULTS: dict[str, Any] = {
