@@ -35,6 +35,29 @@ class RunFolder(NamedTuple):
         """The resolved config of the latest `fit`, good for `--config` again."""
         return self.root / "config.yaml"
 
+    @property
+    def memory_snapshots(self) -> Path:
+        """Snapshots of the memory profile."""
+        return self.root / "memory"
+
+    def set_aside(self) -> Path | None:
+        """Move what an earlier run left here into `earlier/NNN`, so that two runs never share curves or checkpoints.
+
+        Returns:
+            The new place; None where there was no run.
+        """
+        if not self.last_checkpoint.is_file() and not any(self.tensorboard.glob("events.*")):
+            return None
+        earlier = self.root / "earlier"
+        earlier.mkdir(exist_ok=True)
+        taken = [int(folder.name) for folder in earlier.iterdir() if folder.name.isdigit()]
+        aside = earlier / f"{max(taken, default=0) + 1:03d}"
+        aside.mkdir()
+        for part in (self.checkpoints, self.tensorboard, self.config, self.memory_snapshots):
+            if part.exists():
+                part.rename(aside / part.name)
+        return aside
+
     def require_writable(self) -> None:
         """Raise a one-line OSError unless the folder, or the nearest parent that exists, can be written."""
         for folder in (self.root, self.checkpoints, self.tensorboard):

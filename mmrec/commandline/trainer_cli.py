@@ -174,8 +174,6 @@ class RunCLI(LightningCLI):
             self.folder.require_writable()
             if ckpt_path is not None and self._checkpoint is None:
                 say(f"no checkpoint under {self.folder.checkpoints}, starting at step 0")
-            elif ckpt_path is None and self.folder.last_checkpoint.is_file():
-                say(f"{self.folder.root} holds a run already; it is begun anew at step 0 (--ckpt_path last goes on with it)")
 
     # ---- building
 
@@ -229,6 +227,17 @@ class RunCLI(LightningCLI):
         lines = [json.dumps({"loss": loss, "num_tokens": count}) + "\n" for loss, count in rows]
         write_atomically(path, "".join(lines).encode())
         say(f"predictions: {path}, one line a sequence")
+
+    def before_fit(self) -> None:
+        """Make room for a run that starts at step 0."""
+        if self._checkpoint is None and not self.run_config.trainer.fast_dev_run:
+            self._set_earlier_run_aside()
+
+    @rank_zero_only
+    def _set_earlier_run_aside(self) -> None:
+        aside = self.folder.set_aside()
+        if aside is not None:
+            say(f"moved the earlier run under {self.folder.root} to {aside} (--ckpt_path last would have gone on with it)")
 
     def after_fit(self) -> None:
         """Say where the run's files lie."""

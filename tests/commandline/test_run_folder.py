@@ -136,11 +136,18 @@ def test_our_callbacks_stay_whatever_the_list_says_and_each_can_be_left_out(tiny
     assert Path("run/checkpoints/last.ckpt").is_file()
 
 
-def test_a_second_fit_says_that_it_begins_anew(tiny_config: Path, cli) -> None:
+def test_a_run_begun_anew_moves_the_earlier_one_aside(tiny_config: Path, cli) -> None:
     options = ["--trainer.max_steps", "1"]
-    assert "begun anew" not in cli("fit", "--config", str(tiny_config), *options).out
-    again = cli("fit", "--config", str(tiny_config), *options).out
-    assert again.startswith("runs/tiny holds a run already; it is begun anew at step 0 (--ckpt_path last goes on with it)")
+    root, earlier = Path("runs/tiny"), Path("runs/tiny/earlier")
+    assert "moved" not in cli("fit", "--config", str(tiny_config), *options).out
+    first = (root / "checkpoints/last.ckpt").read_bytes()
+    for number in ("001", "002"):
+        again = cli("fit", "--config", str(tiny_config), *options).out
+        assert f"moved the earlier run under {root} to {earlier / number} (--ckpt_path last would have gone on with it)\n" in again
+    assert (earlier / "001/checkpoints/last.ckpt").read_bytes() == first
+    assert sorted(path.name for path in (earlier / "002").iterdir()) == ["checkpoints", "config.yaml", "tb"]
+    assert len(list((root / "tb").glob("events.*"))) == 1
+    assert "moved" not in cli("fit", "--config", str(tiny_config), *options, "--ckpt_path", "last").out
 
 
 def test_bad_lines_met_in_training_end_in_one_line(tiny_config: Path, sample_cache: Path, cli) -> None:

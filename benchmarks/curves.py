@@ -1,0 +1,74 @@
+"""Write the curves of a run as JSON, with the machine and the versions: `python benchmarks/curves.py RUN_FOLDER OUTPUT.json`."""
+
+import argparse
+import json
+import os
+import platform
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+CURVES = ("train/loss", "train/loss_main", "train/loss_aux", "train/grad_norm", "val/", "aux/")
+POINTS = 60  # a tag, at the most; the ends are always kept
+
+
+def machine() -> dict[str, Any]:
+    """Where the figures were taken."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        with open("/proc/cpuinfo") as file:
+            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.processor())
+        device = f"CPU: {model}, {len(os.sched_getaffinity(0))} cores"
+    return {"device": device, "python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
+
+
+def thin(points: list[Any]) -> list[Any]:
+    """At most POINTS of them, evenly spaced, first and last included."""
+    if len(points) <= POINTS:
+        return points
+    return [points[round(index * (len(points) - 1) / (POINTS - 1))] for index in range(POINTS)]
+
+
+def curves(run: Path) -> dict[str, Any]:
+    """Everything worth keeping of a run folder."""
+    events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
+    events.Reload()
+    tags = sorted(events.Tags()["scalars"])
+    scalars = {tag: events.Scalars(tag) for tag in tags}
+    first, last = scalars["train/loss"][0], scalars["train/loss"][-1]
+    return {
+        "date": date.today().isoformat(),
+        **machine(),
+        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "steps": last.step + 1,
+        "seconds_of_training": round(last.wall_time - first.wall_time, 1),
+        "tags": tags,
+        "last": {tag: points[-1].value for tag, points in scalars.items()},
+        "curves": {
+            tag: [[point.step, round(point.value, 5)] for point in thin(points)]
+            for tag, points in scalars.items()
+            if tag.startswith(CURVES)
+        },
+    }
+
+
+def main() -> None:
+    """Read a run folder, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("run", type=Path, help="a run folder, with tb/ and config.yaml")
+    parser.add_argument("output", type=Path, help="the JSON file to write")
+    arguments = parser.parse_args()
+    if not (arguments.run / "tb").is_dir():
+        parser.error(f"{arguments.run} is no run folder: it has no tb/")
+    arguments.output.write_text(json.dumps(curves(arguments.run), indent=1, allow_nan=False) + "\n")
+    print(arguments.output)
+
+
+if __name__ == "__main__":
+    main()
