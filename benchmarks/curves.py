@@ -51,7 +51,7 @@ def curves(run: Path) -> dict[str, Any]:
         "tags": tags,
         "last": {tag: points[-1].value for tag, points in scalars.items()},
         "curves": {
-            tag: [[point.step, round(point.value, 5)] for point in thin(points)]
+            tag: [[point.step, float(f"{point.value:.6g}")] for point in thin(points)]
             for tag, points in scalars.items()
             if tag.startswith(CURVES)
         },

@@ -25,7 +25,7 @@ class AuxiliaryLossCurves(Callback):
     """
 
     def __init__(
-        self, diagnostics_every_n_steps: int = 100, gradients_every_n_steps: int = 100, gradient_sequences: int = 1, histograms: bool = True
+        self, diagnostics_every_n_steps: int = 50, gradients_every_n_steps: int = 50, gradient_sequences: int = 1, histograms: bool = True
     ) -> None:
         """Choose how often.
 
