@@ -155,7 +155,7 @@ def test_configs_lists_parameters_memory_and_tokens(cli) -> None:
     assert large["weights"] == large["gradients"] == 2 * large["parameters"]  # bf16
     assert large["optimizer"] == 4 * large["parameters"]
     assert large["total"] == sum(large[part] for part in ("weights", "gradients", "optimizer", "activations"))
-    assert rows["cpu_tiny"]["tokens"] == 100 * 8 * 128
+    assert rows["cpu_tiny"]["tokens"] == 300 * 8 * 128
     doubled = json.loads(cli("configs", "cpu_tiny", "--devices", "2", "--json").out)
     assert [row["tokens"] for row in doubled] == [2 * rows["cpu_tiny"]["tokens"]]
     table = cli("configs").out
