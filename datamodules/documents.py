@@ -149,11 +149,11 @@ def resolve_files(patterns: str | Sequence[str], name: str) -> list[str]:
     return list(files)
 
 
-def probe_files(files: Sequence[str], name: str, max_bad_line_share: float, *, most_files: int = 8, most_lines: int = 50) -> None:
+def probe_files(files: Sequence[str], name: str, max_bad_line_share: float, *, most_files: int = 8, most_lines: int = _FEW) -> None:
     """Look at the first lines of some files, spread over the list, before anything is built.
 
-    A file that ends within the probe is judged by its share of bad lines like any other; a longer one only fails when no probed line is
-    good, since a few early bad lines say little about the whole.
+    They are judged by their share of bad lines as a run would judge them, which would fail at the same place only later; a file with no
+    good line among them fails whatever the others hold.
 
     Raises:
         ValueError: see above, or damaged compression.
@@ -169,11 +169,10 @@ def probe_files(files: Sequence[str], name: str, max_bad_line_share: float, *, m
             reason = parse_line(line)[1]
             counts.add(reason, f"{path}:{number}")
             total.add(reason, f"{path}:{number}")
-        if not ended and counts.skipped == counts.lines and max_bad_line_share < 1.0:
+        if counts.lines and counts.skipped == counts.lines and max_bad_line_share < 1.0:
             raise ValueError(
                 f"{name}: none of the first {counts.lines} lines of {path} is a document ({counts.summary()}); "
                 'give files with one {"text": ...} object a line'
             )
         everything_seen = everything_seen and ended
-    if everything_seen:
-        total.require_share(max_bad_line_share, final=True)
+    total.require_share(max_bad_line_share, final=everything_seen)

@@ -151,8 +151,8 @@ def test_a_run_begun_anew_moves_the_earlier_one_aside(tiny_config: Path, cli) ->
 
 
 def test_bad_lines_met_in_training_end_in_one_line(tiny_config: Path, sample_cache: Path, cli) -> None:
-    good = json.dumps({"text": "word " * 40}) + "\n"
-    Path("text.jsonl").write_text(good * 300 + "no json\n" * 100 + good * 2)
+    good = json.dumps({"text": "word " * 10}) + "\n"
+    Path("text.jsonl").write_text(good * 1200 + "no json\n" * 100 + good * 2)  # behind what is looked at before anything is built
     tokenizer = next(sample_cache.rglob("tokenizer.json"))
     arguments = {"source": "local", "tokenizer": str(tokenizer), "train_files": "text.jsonl", "validation_files": "good.jsonl"}
     Path("good.jsonl").write_text(good * 5)
@@ -161,7 +161,7 @@ def test_bad_lines_met_in_training_end_in_one_line(tiny_config: Path, sample_cac
     assert ended.code == 2
     lines = [line for line in ended.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
-    assert "text.jsonl:301" in lines[0]
+    assert "text.jsonl:1201" in lines[0]
     assert "Traceback" not in ended.err
 
 

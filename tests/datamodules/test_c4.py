@@ -133,7 +133,7 @@ def test_what_check_refuses_it_refuses_in_one_line(
     )
     book = write_lines(tmp_path / "book.txt", [b"no JSON here"] * 80)
     refused(
-        ValueError, r"^data\.train_files: none of the first 50 lines of .*book\.txt", _local(corpus, tokenizer_path, train_files=str(book))
+        ValueError, r"^data\.train_files: none of the first 80 lines of .*book\.txt", _local(corpus, tokenizer_path, train_files=str(book))
     )
     bytes_ = write_lines(tmp_path / "latin.jsonl", [*json_lines(texts[:9]), '{"text": "caf\u00e9"}'.encode("latin-1")])
     refused(ValueError, r"1 no UTF-8\), the first at .*latin\.jsonl:10; ", _local(corpus, tokenizer_path, train_files=str(bytes_)))
@@ -160,10 +160,11 @@ def test_loaders_before_setup_say_so(corpus: Path, tokenizer_path: str) -> None:
 
 
 def test_bad_lines_met_in_training_name_the_file(corpus: Path, tokenizer_path: str, tmp_path: Path, write_lines, json_lines, texts) -> None:
-    lines = [*json_lines(texts), *[json.dumps({"url": "no text"}).encode()] * 9, *json_lines(texts)]
+    # Behind the thousand lines that are looked at before anything is built.
+    lines = [*json_lines(texts) * 12, *[json.dumps({"url": "no text"}).encode()] * 30, *json_lines(texts)]
     path = write_lines(tmp_path / "part.jsonl.gz", lines)
-    data = _local(corpus, tokenizer_path, train_files=str(path), validation_files=str(corpus / "validation*"), num_workers=1)
+    data = _local(corpus, tokenizer_path, train_files=str(path), validation_files=str(corpus / "validation*"), num_workers=1, seq_len=256)
     data.prepare_data()
     data.setup()
-    with pytest.raises(ValueError, match=r"too many bad lines: skipped 9 of 189 lines .*part\.jsonl\.gz:91"):
+    with pytest.raises(ValueError, match=r"too many bad lines: skipped 11 of 1,091 lines .*part\.jsonl\.gz:1081"):
         list(itertools.islice(data.train_dataloader(), 2_000))
