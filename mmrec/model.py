@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from dataclasses import fields as dataclass_fields
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -103,7 +104,8 @@ class MMRecModel(nn.Module):
         blocks = cast("list[MMRecBlock]", list(self.blocks))
         converted = [block.converted_projections(use_hem) for block in blocks]  # all or none
         for block, projections in zip(blocks, converted, strict=True):
-            block.projections = projections
+            block.adopt_projections(projections)
+        self.config = replace(self.config, use_hem=use_hem)
         warnings.warn("set_hem changed the parameters: make the optimiser anew, its state is not converted", stacklevel=2)
 
     def forward(

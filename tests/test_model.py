@@ -6,11 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support import assert_same, relative_error
+from torch.utils.flop_counter import FlopCounterMode
 
 from mmrec.blocks import mm_rec_block
 from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
+from mmrec.ops import memory_scan
 
 VOCAB, B, T = 37, 2, 23
 
@@ -29,6 +31,20 @@ def disturb(model: MMRecModel) -> MMRecModel:
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     return model
+
+
+def test_a_long_text_is_read_in_constant_memory() -> None:
+    model = small().eval()
+    largest = []
+    for time in (256, 1024):
+        ids, seen = torch.randint(VOCAB, (1, time)), []
+        for block in model.blocks:
+            block.register_forward_hook(lambda _, inputs, out, seen=seen: seen.append(inputs[0].shape[1]))
+        with torch.no_grad():
+            _, state = model(ids, chunk_size=64, return_state=True)
+        assert sum(s.h.numel() + s.M.numel() for s in state) * 4 == model.state_bytes(1)
+        largest.append(max(seen))
+    assert largest == [64, 64]
 
 
 def test_the_published_interface_runs_as_written() -> None:
@@ -101,6 +117,20 @@ def test_the_auxiliary_loss_is_in_the_total_with_its_weight() -> None:
     assert_same(mean.auxiliary, 0.1 * mean.auxiliary_by_layer.mean())
 
 
+def test_uboo_and_its_form_change_no_other_weight_at_the_start() -> None:
+    states = []
+    for fields in ({"use_uboo": False}, {}, {"planning_loss": "normalized", "planning_error_dim": 5}):
+        torch.manual_seed(4)
+        states.append((small(**fields).inference_state_dict(), torch.rand(1)))
+    for state, drawn in states[1:]:
+        assert state.keys() == states[0][0].keys()
+        assert all(torch.equal(state[name], value) for name, value in states[0][0].items())
+        assert torch.equal(drawn, states[0][1])
+    planning = [p for name, p in small().named_parameters() if "W_planning" in name]
+    assert all(abs(weight.std() / 0.02 - 1) < 0.1 for weight in planning)
+    assert len({float(weight[0, 0]) for weight in planning}) == 4
+
+
 def test_without_uboo_there_is_no_auxiliary_loss_and_no_projection() -> None:
     model = small(use_uboo=False)
     out = model.loss({"input_ids": tokens(), "labels": tokens()})
@@ -164,6 +194,22 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_activation_checkpointing_keeps_less_and_computes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {"input_ids": tokens(), "labels": tokens()}
+    calls, kept = [], {}
+    original = mm_rec_block.gated_scan
+    monkeypatch.setattr(mm_rec_block, "gated_scan", lambda *a: calls.append(1) or original(*a))
+    for activation_checkpointing in (False, True):
+        model, sizes = small(activation_checkpointing=activation_checkpointing), []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            loss = model.loss(batch).loss
+        kept[activation_checkpointing] = sum(sizes)
+        calls.clear()
+        loss.backward()
+        assert len(calls) == (2 if activation_checkpointing else 0)
+    assert kept[True] < kept[False] / 3
+
+
 def test_set_hem_converts_the_whole_network_and_says_so() -> None:
     model, ids = disturb(small(use_hem=False)), tokens()
     logits = model(ids)
@@ -177,6 +223,19 @@ def test_set_hem_converts_the_whole_network_and_says_so() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model.set_hem(False)  # nothing to do, nothing to say
+
+
+def test_the_configuration_follows_set_hem() -> None:
+    model = small(use_hem=True).eval().requires_grad_(False)
+    with pytest.warns(UserWarning, match="make the optimiser anew"):
+        model.set_hem(False)
+    assert not model.config.use_hem
+    assert not any(block.config.use_hem or block.training for block in model.blocks)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    again = MMRecModel(model.config)
+    again.load_state_dict(model.state_dict())
+    ids = tokens()
+    assert torch.equal(again(ids), model(ids))
 
 
 def test_set_hem_converts_all_blocks_or_none() -> None:
@@ -209,6 +268,17 @@ def test_flops_are_counted_from_the_weights(tie: bool) -> None:
     assert model.flops_per_token(128) == 6 * (2 * layer + VOCAB * D) + 3 * 2 * D * (4 * 16 + 12)
 
 
+def test_flops_of_matrix_products_are_those_that_run() -> None:
+    """PyTorch's own counter sees the weights' products, and those inside the chunked long-term memory beside them."""
+    model, ids = small(use_uboo=False), tokens()
+    with FlopCounterMode(display=False) as counter:
+        model(ids)
+    with FlopCounterMode(display=False) as within:
+        memory_scan(*(torch.randn(B, T, 2, 16) for _ in range(3)), torch.zeros(B, T, 2))
+    matrices = (model.flops_per_token(T) - 3 * 2 * 32 * (4 * 16 + 12)) / 3
+    assert counter.get_total_flops() - 2 * within.get_total_flops() == matrices * B * T
+
+
 def test_weight_decay_leaves_gates_and_norms_alone() -> None:
     model = small()
     exempt = model.no_weight_decay_parameters()
@@ -237,7 +307,14 @@ def test_diagnostics_have_one_value_a_layer_and_disturb_nothing() -> None:
 @pytest.mark.parametrize("setting", ["bf16-true", "bf16-mixed"])
 def test_bf16_is_close_to_fp32(setting: str) -> None:
     model, batch = disturb(small()), {"input_ids": tokens(), "labels": tokens()}
+    with torch.no_grad():
+        for block in model.blocks:  # the long-term memory with full weight, or its rounding would not show
+            block.g_r.fill_(1)
     expected = model.loss(batch)
+    expected.loss.backward()
+    exact = torch.cat([p.grad.flatten() for p in model.parameters()])
+    expected_logits = model(batch["input_ids"])
+    model.zero_grad()
     if setting == "bf16-true":
         model = model.bfloat16()
         out = model.loss(batch)
@@ -248,7 +325,22 @@ def test_bf16_is_close_to_fp32(setting: str) -> None:
     assert out.loss.dtype == torch.float32
     assert_same(out.main, expected.main, torch.bfloat16)
     out.loss.backward()
-    assert all(p.grad is not None for p in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16, enabled=setting == "bf16-mixed"):
+        assert_same(model(batch["input_ids"]), expected_logits, limit=2e-2)  # two layers of rounding, not one operation's
+    assert_same(
+        torch.cat([p.grad.flatten().float() for p in model.parameters()]), exact, limit=0.1
+    )  # and back again, through norms whose inputs cancel
+
+
+def test_under_autocast_the_carried_state_is_that_of_fp32_operators() -> None:
+    model, ids = disturb(small()), tokens()
+    with torch.autocast("cpu", torch.bfloat16):
+        _, whole = model(ids, return_state=True)
+        state = model.init_state(B)
+        for t in range(T):
+            _, state = model.step(ids[:, t], state)
+    assert_same(state[0].M, whole[0].M)  # the first layer's inputs are the same numbers either way
+    assert_same(state[0].h, whole[0].h)
 
 
 def test_lambda_P_outside_the_guide_warns() -> None:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mmrec.core.initialization import empty_linear
+
 _RESIDUAL_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -60,10 +62,8 @@ class FusedProjections(nn.Module):
         super().__init__()
         self.model_dim, self.pe_dim, self.initializer_range = model_dim, pe_dim, initializer_range
         separate = SeparateProjections(model_dim, pe_dim, initializer_range)
-        with torch.device("meta"):  # no second draw from the random state
-            self.W_fused = nn.Linear(model_dim, 5 * model_dim + pe_dim)
-        if not separate.W_q.weight.is_meta:
-            self.W_fused.to_empty(device=separate.W_q.weight.device)
+        self.W_fused = empty_linear(model_dim, 5 * model_dim + pe_dim)
+        if not self.W_fused.weight.is_meta:
             _fold_into(self, separate)
 
     @property
@@ -91,10 +91,11 @@ def _fold_into(fused: FusedProjections, separate: SeparateProjections) -> None:
 
 
 def _like(kind: type[SeparateProjections] | type[FusedProjections], source: nn.Module, weight: Tensor) -> nn.Module:
-    """An empty module of the other kind with the source's sizes, device and dtype."""
+    """An empty module of the other kind with the source's sizes, device, dtype and mode; frozen where the source is."""
     with torch.device("meta"):
         module = kind(source.model_dim, source.pe_dim, source.initializer_range)  # type: ignore[arg-type]
-    return module.to(weight.dtype).to_empty(device=weight.device)
+    module = module.to(weight.dtype).to_empty(device=weight.device).train(source.training)
+    return module.requires_grad_(any(parameter.requires_grad for parameter in source.parameters()))
 
 
 def fuse(separate: SeparateProjections) -> FusedProjections:

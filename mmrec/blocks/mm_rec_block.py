@@ -7,6 +7,7 @@ x = x + W_o[σ(e) (g_r RMSNorm(r) + g_h RMSNorm(h))];  x = x + SwiGLU(RMSNorm(x)
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ class MMRecBlock(nn.Module):
 
     def set_hem(self, use_hem: bool) -> None:
         """Convert the projections in place; the optimiser's state of the old weights does not follow (see `MMRecModel.set_hem`)."""
-        self.projections = self.converted_projections(use_hem)
+        self.adopt_projections(self.converted_projections(use_hem))
 
     def converted_projections(self, use_hem: bool) -> FusedProjections | SeparateProjections:
         """This block's projections in the form asked for; the block's own where they have it already."""
@@ -87,6 +88,11 @@ class MMRecBlock(nn.Module):
         if isinstance(projections, SeparateProjections):
             return fuse(projections) if use_hem else projections
         return projections if use_hem else unfuse(projections)
+
+    def adopt_projections(self, projections: FusedProjections | SeparateProjections) -> None:
+        """Take over what `converted_projections` made; the configuration follows."""
+        self.projections = projections
+        self.config = replace(self.config, use_hem=self.use_hem)
 
     def forward(
         self,

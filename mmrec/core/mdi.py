@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mmrec.config import MMRecConfig
 from mmrec.core.decay import SHORT_TERM_TIME_CONSTANTS, DecayBias, bound_log_gamma, spread_time_constants
+from mmrec.core.initialization import draw_apart, empty_linear
 
 _CONTEXT_BIAS = 8.0  # σ(8) = 0.99966: the context modulation starts as good as absent
 
@@ -54,20 +55,26 @@ class MDI(nn.Module):
             self.decay_mlp = _GateMLP(dim)
             self.context_mlp = _GateMLP(dim)
         if config.use_uboo:
-            self.W_planning_error = nn.Linear(dim, self.planning_error_dim, bias=False)
-            self.W_planning_target = nn.Linear(dim, self.planning_error_dim, bias=False)
+            self.W_planning_error = empty_linear(dim, self.planning_error_dim, bias=False)
+            self.W_planning_target = empty_linear(dim, self.planning_error_dim, bias=False)
             # The normalised form regresses on a fixed random projection of h_t: were it trained, it could shrink to nothing.
             self.W_planning_error.weight.requires_grad_(config.planning_loss == "mse")
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Time constants 1/(1−γ) log-uniform over 2 … 2048 tokens in every head; weights normal, other biases zero."""
+        """Time constants 1/(1−γ) log-uniform over 2 … 2048 tokens in every head; weights normal, other biases zero.
+
+        The planning projections are drawn apart: a network without them starts with the same numbers everywhere else.
+        """
+        planning = [self.W_planning_error, self.W_planning_target] if self.use_uboo else []
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module not in planning:
                 nn.init.normal_(module.weight, std=self.initializer_range)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        for index, linear in enumerate(planning):
+            draw_apart(linear.weight, self.initializer_range, index)
         bias = self.up_bias.bias if self.use_dpg else self.decay_mlp.out_bias.bias
         gamma = 1 - 1 / spread_time_constants(bias.numel(), SHORT_TERM_TIME_CONSTANTS, groups=self.heads)
         if not self.use_dpg:

@@ -79,6 +79,11 @@ def test_target_statistics_show_a_collapse() -> None:
     variance, rank = uboo.target_statistics(healthy, counted)
     assert 0.8 < variance < 1.2
     assert rank > 13
+    axes = torch.eye(16)[:2].repeat(100, 1).view(4, 50, 16) * torch.tensor([3.0, 1.0] * 100).view(4, 50, 1)  # two values of one line
+    assert_same(uboo.target_statistics(axes, counted)[1], torch.tensor(1.0))
+    centred = torch.tensor([[3.0, 0], [-3, 0], [0, 1], [0, -1]]).repeat(50, 1).view(4, 50, 2)  # singular values as 3 to 1
+    share = torch.tensor([0.75, 0.25])
+    assert_same(uboo.target_statistics(centred, counted)[1], torch.exp(-(share * share.log()).sum()))
     variance, rank = uboo.target_statistics(1e-4 * torch.randn(4, 50, 1) * torch.randn(16), counted)
     assert variance < 1e-7
     assert rank < 1.01

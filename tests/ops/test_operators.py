@@ -13,11 +13,14 @@ by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 with_reset = pytest.mark.parametrize("case", WITH_RESET, ids=lambda case: case.name)
 
 
-def gradients(function, inputs: dict[str, Tensor], reset: Tensor | None = None, seed: int = 1) -> tuple[list[Tensor], dict[str, Tensor]]:
+def gradients(
+    function, inputs: dict[str, Tensor], reset: Tensor | None = None, autocast: bool = False
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs, and the gradient of a random projection of *both* outputs to every input."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-    outputs = function(**leaves) if reset is None else function(**leaves, reset=reset)
-    generator = torch.Generator().manual_seed(seed)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = function(**leaves) if reset is None else function(**leaves, reset=reset)
+    generator = torch.Generator().manual_seed(1)
     projections = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
     sum((o * w).sum() for o, w in zip(outputs, projections, strict=True)).backward()
     return list(outputs), {name: leaf.grad for name, leaf in leaves.items()}
@@ -129,6 +132,19 @@ def test_strided_inputs(case: Case) -> None:
         strided[name] = view
     for actual, expected in zip(case.op(**strided), case.op(**inputs), strict=True):
         assert_same(actual, expected)
+
+
+@by_name
+def test_autocast_changes_nothing(case: Case) -> None:
+    """States are fp32; a matrix product under autocast would carry the memory on in bf16."""
+    inputs = case.draw(70, torch.float32)
+    outputs, grads = gradients(case.op, inputs)
+    autocast_outputs, autocast_grads = gradients(case.op, inputs, autocast=True)
+    naive_outputs, _ = gradients(case.naive, inputs, autocast=True)
+    for actual, naive, expected in zip(autocast_outputs, naive_outputs, outputs, strict=True):
+        assert torch.equal(actual, expected)
+        assert_same(naive, expected)
+    assert all(torch.equal(autocast_grads[name], grads[name]) for name in inputs)
 
 
 @by_name

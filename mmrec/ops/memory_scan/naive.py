@@ -26,5 +26,6 @@ def memory_scan_naive(
             memory = memory.masked_fill(reset[:, t, None, None, None], 0)
         decay = log_alpha[:, t].to(dtype).exp()[..., None, None]
         memory = decay * memory + k[:, t].to(dtype).unsqueeze(-1) * v[:, t].to(dtype).unsqueeze(-2)
-        outputs.append(scale * torch.einsum("bhkv,bhk->bhv", memory, q[:, t].to(dtype)))
+        # Not an einsum: autocast would run it in bf16.
+        outputs.append(scale * (memory * q[:, t].to(dtype).unsqueeze(-1)).sum(-2))
     return torch.stack(outputs, dim=1).to(q.dtype), memory
