@@ -13,6 +13,8 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmrec.files import write_atomically
+
 CURVES = ("train/loss", "train/loss_main", "train/loss_aux", "train/grad_norm", "val/", "aux/")
 POINTS = 60  # a tag, at the most; the ends are always kept
 
@@ -66,7 +68,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (arguments.run / "tb").is_dir():
         parser.error(f"{arguments.run} is no run folder: it has no tb/")
-    arguments.output.write_text(json.dumps(curves(arguments.run), indent=1, allow_nan=False) + "\n")
+    write_atomically(arguments.output, (json.dumps(curves(arguments.run), indent=1, allow_nan=False) + "\n").encode())
     print(arguments.output)
 
 

@@ -1,10 +1,7 @@
 """AtomicCheckpointIO: a checkpoint is either there and whole, or not there."""
 
-import contextlib
 import os
-import pickle
 import shutil
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
-TEMPORARY_SUFFIX = ".writing"
+from mmrec.files import read_checkpoint, replacing
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -31,21 +28,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO takes no storage_options")
         target = Path(path)
-        temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
         needed = sum(_tensor_bytes(checkpoint))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if needed > shutil.disk_usage(target.parent).free:
                 raise OSError("no space left on the disk")
-            with open(temporary, "wb") as file:
+            with replacing(target) as temporary, open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-            sync_folder(target.parent)
         except (OSError, RuntimeError) as error:  # torch.save turns a failed write into a RuntimeError of its zip writer
-            with contextlib.suppress(OSError):  # where there is no folder there is nothing to clear either
-                temporary.unlink(missing_ok=True)
             cause = _os_error(error)
             if cause is None:
                 raise
@@ -54,60 +44,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Load onto the CPU; the strategy moves the parts to where they belong.
 
+        Never runs what a file holds, whatever `weights_only` says.
+
         Raises:
-            FileNotFoundError: where there is no such file.
-            ValueError: in one line, where the file is truncated or no checkpoint.
+            FileNotFoundError, ValueError: in one line, see `read_checkpoint`.
         """
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"no checkpoint {path}; give the path of a .ckpt file, or 'last'")
-        remedy = "resume from another one beside it"
-        if fault := _fault(path):
-            raise ValueError(f"the checkpoint {path} cannot be read ({fault}); {remedy}")
-        try:
-            return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            first_line = (str(error).splitlines() or ["unreadable"])[0]
-            raise ValueError(f"the checkpoint {path} cannot be read ({first_line}); {remedy}") from error
-
-
-def _fault(path: str | os.PathLike[str]) -> str | None:
-    """What is wrong with the file as such; torch.load itself does not compare the checksums that torch.save wrote."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return "its checksums do not fit its bytes" if archive.testzip() is not None else None
-    except zipfile.BadZipFile:
-        return "truncated, or no checkpoint"
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename survives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source` in one step, without a second copy on the disk where the filesystem has hard links."""
-    temporary = target.with_name(f".{target.name}{TEMPORARY_SUFFIX}")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # no hard links here
-        shutil.copyfile(source, temporary)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, target)
-    # Renaming onto a hard link of the same file does nothing, and leaves the temporary name.
-    temporary.unlink(missing_ok=True)
-    sync_folder(target.parent)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs left half-written in `folder`."""
-    for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-        leftover.unlink(missing_ok=True)
+        return read_checkpoint(path, map_location=map_location)
 
 
 def _tensor_bytes(value: Any) -> Iterator[int]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from mmrec.files import replacing, write_atomically
+
 LARGEST_TENSORS = 50
 HISTORY_ENTRIES = 200_000
 
@@ -28,13 +30,13 @@ def write_snapshot(folder: Path, name: str, on_gpu: bool, details: dict[str, Any
 
     Snapshots hold paths and stack traces: treat them as private, and unpickle nobody else's.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     if on_gpu:
         path = folder / f"{name}.pickle"
-        torch.cuda.memory._dump_snapshot(str(path))
+        with replacing(path) as temporary:
+            torch.cuda.memory._dump_snapshot(str(temporary))
         return path
     path = folder / f"{name}.json"
-    path.write_text(json.dumps({**details, "largest_tensors": largest_tensors()}, indent=1) + "\n")
+    write_atomically(path, (json.dumps({**details, "largest_tensors": largest_tensors()}, indent=1) + "\n").encode())
     return path
 
 

@@ -2,7 +2,6 @@
 
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +11,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from callbacks.atomic_checkpoint_io import link_or_copy, remove_leftovers
+from mmrec.files import link_or_copy, remove_leftovers, require_writable
 
 LAST = "last.ckpt"
 COPY_NAME = re.compile(r"step=\d+-loss=.*\.ckpt")
-
-
-def check_writable(folder: str | os.PathLike[str]) -> None:
-    """Raise PermissionError or OSError, in one line, unless files can be made in `folder`; makes the folder."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as file:
-            file.write(b"\0")
-    except OSError as error:
-        remedy = "set trainer.default_root_dir to one you may write to"
-        raise type(error)(f"cannot write to the folder {folder}: {error.strerror}; {remedy}") from error
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -69,7 +57,7 @@ class RunCheckpoint(ModelCheckpoint):
         self.dirpath = os.path.abspath(trainer.strategy.broadcast(folder))
         self._fs = get_filesystem(self.dirpath)
         if stage == "fit" and trainer.is_global_zero and not trainer.fast_dev_run:
-            check_writable(self.dirpath)
+            require_writable(self.dirpath, "checkpoint folder")
             remove_leftovers(Path(self.dirpath))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -111,7 +99,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _copies(self) -> list[Path]:
         """Copies in the folder, the newest first."""
-        found = [path for path in Path(str(self.dirpath)).iterdir() if COPY_NAME.fullmatch(path.name)]
+        found = [path for path in Path(str(self.dirpath)).glob("*") if COPY_NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
     def _mean_loss(self, trainer: Trainer, pl_module: Any) -> float:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from datamodules.atomic import require_writable
 from datamodules.base import PackedDataModule
 from datamodules.documents import probe_files, resolve_files
 from datamodules.fingerprint import corpus_fingerprint, fingerprint_of
@@ -18,6 +17,7 @@ from datamodules.tokenizer import Tokenizer, load_tokenizer
 from datamodules.tokens import TokenWindows, load_manifest
 from datamodules.validation_text import validation_windows
 from datamodules.windows import EndlessBatches
+from mmrec.files import require_writable
 
 _ONLY = "val"
 _NEEDED = {"sample": [], "hub": ["tokenizer"], "local": ["tokenizer", "train_files"], "tokens": ["tokens_dir"]}

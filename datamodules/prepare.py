@@ -11,13 +11,13 @@ from typing import Any
 
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
-from datamodules.atomic import require_writable, write_atomically
 from datamodules.documents import LineCounts, parse_line, probe_files, read_lines, resolve_files
 from datamodules.fingerprint import corpus_fingerprint, fingerprint_of, sha256_of
 from datamodules.shard_writer import ShardWriter
 from datamodules.tokenise import Split, read_chunks, tokenise_chunks
 from datamodules.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from datamodules.tokens import FORMAT, MANIFEST, load_manifest
+from mmrec.files import TEMPORARY_SUFFIX, remove_leftovers, require_writable, write_atomically
 
 _logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
@@ -193,12 +193,9 @@ def _claim(folder: Path, fingerprint: str) -> dict[str, Any] | None:
     if (folder / _PROGRESS).is_file():
         if json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
             raise ValueError(f"output folder {folder} holds an unfinished preparation of other files or settings; {advice}")
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
-        for leftover in folder.glob(".*.tmp"):
-            leftover.unlink()
+        remove_leftovers(folder)
         return None
-    if folder.is_dir() and any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+    if folder.is_dir() and any(not path.name.endswith(TEMPORARY_SUFFIX) for path in folder.iterdir()):
         raise ValueError(f"output folder {folder} is not empty and holds no prepared tokens; {advice}")
     write_atomically(folder / _PROGRESS, json.dumps({"fingerprint": fingerprint, "splits": {}}).encode())
     return None
@@ -206,7 +203,8 @@ def _claim(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 
 def _withdraw(folder: Path) -> None:
     """After an error in the input nothing half-written stays: a mended input has another fingerprint and starts anew anyway."""
-    for path in [*folder.glob("*.bin"), *folder.glob(".*.tmp"), folder / _TOKENIZER, folder / _PROGRESS]:
+    remove_leftovers(folder)
+    for path in [*folder.glob("*.bin"), folder / _TOKENIZER, folder / _PROGRESS]:
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

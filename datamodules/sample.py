@@ -10,11 +10,11 @@ from pathlib import Path
 
 import tokenizers
 
-from datamodules.atomic import require_writable, write_atomically
 from datamodules.fingerprint import fingerprint_of
 from datamodules.prepare import prepare
 from datamodules.sample_text import GENERATOR_VERSION, SampleText
 from datamodules.tokens import MANIFEST, load_manifest
+from mmrec.files import require_writable, write_atomically
 
 TRAIN_DOCUMENTS = 8_000
 VALIDATION_DOCUMENTS = 400

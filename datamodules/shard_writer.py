@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.atomic import write_atomically
 from datamodules.documents import LineCounts
 from datamodules.tokenise import TokenisedChunk
 from datamodules.tokens import DTYPES
+from mmrec.files import write_atomically
 
 
 class ShardWriter:

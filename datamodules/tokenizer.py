@@ -8,8 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer as HFTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from datamodules.atomic import write_atomically
 from datamodules.fingerprint import sha256_of
+from mmrec.files import write_atomically
 
 EOD = "<|endoftext|>"
 _BYTES = 256

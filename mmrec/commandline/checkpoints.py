@@ -1,6 +1,5 @@
-"""Reading checkpoints without running what they hold: tensors and plain types only."""
+"""What a run's checkpoint says of its network, and the network for inference."""
 
-import pickle
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -11,23 +10,19 @@ from torch import nn
 
 from lightning_modules.checks import check_checkpoint_shapes
 from mmrec.config import MMRecConfig
+from mmrec.files import read_checkpoint
 from mmrec.model import MMRecModel
 
 _PREFIX = "network."  # where the network lies in the LightningModule
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors mapped from the file and not read until used.
+def read_run_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of `fit`, tensors mapped from the file and not read until used.
 
     Raises:
-        ValueError: a file that is damaged, no checkpoint, or holds objects that would have to run code to be loaded.
+        FileNotFoundError, ValueError: see `read_checkpoint`; or no checkpoint of `fit`.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"checkpoint {path} is refused: it holds more than tensors and plain types, or is damaged") from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"checkpoint {path} is damaged or no checkpoint ({str(error).splitlines()[0] or type(error).__name__})") from error
+    checkpoint = read_checkpoint(path, mmap=True)
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"checkpoint {path} holds no state_dict: it was not written by `fit`")
     return checkpoint
@@ -54,7 +49,7 @@ def require_fitting_checkpoint(path: Path, config: MMRecConfig) -> None:
     Raises:
         ValueError: naming the first parameter that does not fit.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_run_checkpoint(path)
     with torch.device("meta"):
         network = MMRecModel(config)
     check_checkpoint_shapes(checkpoint, nn.ModuleDict({"network": network}), asdict(config))
@@ -69,9 +64,9 @@ def load_network(path: Path, device: torch.device, dtype: torch.dtype | None = N
         dtype: of the weights, but for those that stay in fp32; None: as in the checkpoint.
 
     Raises:
-        ValueError: see `read_checkpoint` and `network_config`; or weights that do not fit the configuration.
+        ValueError: see `read_run_checkpoint` and `network_config`; or weights that do not fit the configuration.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_run_checkpoint(path)
     config = network_config(checkpoint, path)
     fields = {**asdict(config), "use_uboo": False, "activation_checkpointing": False}
     with torch.device("meta"):

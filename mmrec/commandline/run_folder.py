@@ -2,10 +2,9 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-from datamodules.atomic import require_writable
+from mmrec.files import require_writable
 
 RUNS = Path("runs")
 
@@ -62,15 +61,6 @@ class RunFolder(NamedTuple):
         """Raise a one-line OSError unless the folder, or the nearest parent that exists, can be written."""
         for folder in (self.root, self.checkpoints, self.tensorboard):
             require_writable(folder, "trainer.default_root_dir")
-        # Permission bits do not tell all: a read-only file system, /proc, a full disk.
-        place = next(parent for parent in (self.root, *self.root.absolute().parents) if parent.is_dir())
-        try:
-            with TemporaryDirectory(dir=place, prefix=".mmrec-"):
-                pass
-        except OSError as error:
-            raise PermissionError(
-                f"trainer.default_root_dir {self.root} cannot be written: {error.strerror}; choose another folder"
-            ) from error
 
     def find_checkpoint(self, ckpt_path: str) -> Path | None:
         """The checkpoint that `ckpt_path` names; None for `last` where the run has none yet.

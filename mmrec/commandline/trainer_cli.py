@@ -24,7 +24,6 @@ from callbacks import (
     TrainingProgressBar,
 )
 from datamodules import C4DataModule
-from datamodules.atomic import write_atomically
 from lightning_modules import MMRecLightningModule
 from mmrec.commandline.arguments import expand_configs
 from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
@@ -33,6 +32,7 @@ from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.preflight import check_before_building, require_groups
 from mmrec.commandline.run_folder import RunFolder, default_root
+from mmrec.files import replacing, write_atomically
 
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
 CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
@@ -67,8 +67,8 @@ class SaveRunConfig(SaveConfigCallback):
         """Write, once everything is set up and the checkpoint's weights are loaded; on rank 0."""
         if trainer.is_global_zero:
             path = RunFolder(Path(trainer.default_root_dir)).config
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(path), skip_unset=False, overwrite=True, multifile=False)
+            with replacing(path) as temporary:
+                self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True, multifile=False)
 
 
 class RunCLI(LightningCLI):

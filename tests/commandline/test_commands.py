@@ -102,6 +102,14 @@ def test_generate_refuses_bad_input_in_one_line(options: list[str], message: str
     assert cli("generate", "--run", str(finished_run), *options).error.startswith(message)
 
 
+def test_generate_refuses_a_checkpoint_with_a_flipped_bit(finished_run: Path, cli) -> None:
+    content = bytearray((finished_run / "checkpoints" / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1
+    Path("flipped.ckpt").write_bytes(content)
+    error = cli("generate", "--run", str(finished_run), "--ckpt_path", "flipped.ckpt", "--prompt", "a").error
+    assert error.startswith("checkpoint flipped.ckpt is damaged or no checkpoint (its checksums do not fit its bytes)")
+
+
 def test_pieces_of_text_are_whole_characters() -> None:
     text = "a € and 𝄞, é"
     data = text.encode()

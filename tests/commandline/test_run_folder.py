@@ -114,13 +114,15 @@ def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_written(fin
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "text", "code"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "code", "flipped"])
 def test_a_damaged_or_foreign_checkpoint_is_one_line(damage: str, finished_run: Path, tiny_config: Path, cli) -> None:
     whole = (finished_run / "checkpoints" / "last.ckpt").read_bytes()
+    middle = len(whole) // 2
     if damage == "code":
         torch.save({"state_dict": {}, "model": MMRecModel(vocab_size=8, model_dim=8, num_layers=1)}, "bad.ckpt")
     else:
-        Path("bad.ckpt").write_bytes(whole[: len(whole) // 2] if damage == "truncated" else b"no checkpoint at all")
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        Path("bad.ckpt").write_bytes({"truncated": whole[:middle], "text": b"no checkpoint at all", "flipped": flipped}[damage])
     assert cli("fit", "--config", str(tiny_config), "--ckpt_path", "bad.ckpt").error.startswith("checkpoint bad.ckpt is ")
     assert not Path("runs").exists()
 

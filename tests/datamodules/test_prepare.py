@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datamodules import atomic, shard_writer
 from datamodules import prepare as prepare_module
+from datamodules import shard_writer
 from datamodules.documents import is_validation
 from datamodules.prepare import prepare
 from datamodules.tokenizer import load_tokenizer
 from datamodules.tokens import TokenWindows, load_manifest, verify_checksums
+from mmrec.files import write_atomically
 
 
 def _contents(folder: Path) -> dict[str, bytes]:
@@ -69,7 +70,7 @@ def test_the_number_of_processes_changes_no_byte(corpus: Path, straight: Path, t
 def _killed_at_write(corpus: Path, folder: Path, number: int, after: bool) -> None:
     """Prepare, but die by SIGKILL before or after the `number`-th file is written."""
     written = [0]
-    write = atomic.write_atomically
+    write = write_atomically
 
     def write_or_die(path: Path, content: bytes) -> None:
         if written[0] == number and not after:

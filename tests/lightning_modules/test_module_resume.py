@@ -80,7 +80,7 @@ def test_kill_9_in_the_midst_of_a_save(tmp_path: Path, stubs: ModuleType, capsys
     folder = tmp_path / "run"
     run_process(folder, expect=-signal.SIGKILL, max_steps=6, kill_in_save=[4, 1000])
     checkpoints = folder / "checkpoints"
-    assert len(list(checkpoints.glob(".*.writing"))) == 1
+    assert len(list(checkpoints.glob(".*.tmp"))) == 1
     stubs.main({"folder": folder, "resume": str(checkpoints / "last.ckpt"), "max_steps": 6})
     assert "resumed from step 2: " in capsys.readouterr().out
     assert list(checkpoints.glob(".*")) == []
