@@ -102,6 +102,13 @@ def test_where_a_block_starts() -> None:
     assert torch.equal(one.state_gate.w_g, torch.zeros(D))
 
 
+def test_the_recorded_gate_jacobian_is_the_bound_of_the_state_s_own_gradient() -> None:
+    one, x, record = block(use_uboo=False), torch.randn(B, T, D, dtype=torch.float64), {}
+    one(x, record=record)
+    z = one.projections(one.norm(x)).z
+    assert_same(record["gate_jacobian"], (z * one.state_gate.w_g / 4).abs(), torch.float32)
+
+
 def test_norms_are_computed_in_fp32_on_bf16_inputs() -> None:
     """A memory of 1e5 and a decayed one differ in bf16's last digit; what is normalised is not rounded first."""
     one = MMRecBlock(model_dim=D, num_heads=H, pe_dim=P).bfloat16()
