@@ -39,22 +39,31 @@ class RunFolder(NamedTuple):
         """Snapshots of the memory profile."""
         return self.root / "memory"
 
-    def set_aside(self) -> Path | None:
-        """Move what an earlier run left here into `earlier/NNN`, so that two runs never share curves or checkpoints.
+    def run_files(self) -> list[Path]:
+        """What a run has left here; nothing where there was none."""
+        if not self.last_checkpoint.is_file() and not any(self.tensorboard.glob("events.*")):
+            return []
+        folders = (self.checkpoints, self.tensorboard, self.memory_snapshots)
+        return [path for folder in folders for path in folder.glob("*")] + [self.config]
+
+    def set_aside(self, files: Sequence[Path]) -> Path:
+        """Move `files` of an earlier run into `earlier/NNN`, so that two runs never share curves or checkpoints.
+
+        Args:
+            files: what `run_files` gave before the new run made any of its own; those that are gone are passed over.
 
         Returns:
-            The new place; None where there was no run.
+            The new place.
         """
-        if not self.last_checkpoint.is_file() and not any(self.tensorboard.glob("events.*")):
-            return None
         earlier = self.root / "earlier"
         earlier.mkdir(exist_ok=True)
         taken = [int(folder.name) for folder in earlier.iterdir() if folder.name.isdigit()]
         aside = earlier / f"{max(taken, default=0) + 1:03d}"
-        aside.mkdir()
-        for part in (self.checkpoints, self.tensorboard, self.config, self.memory_snapshots):
-            if part.exists():
-                part.rename(aside / part.name)
+        for path in files:
+            if path.exists():
+                target = aside / path.relative_to(self.root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                path.rename(target)
         return aside
 
     def require_writable(self) -> None:

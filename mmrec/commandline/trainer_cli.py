@@ -58,17 +58,27 @@ class RunParser(OneLineErrors, LightningArgumentParser):
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder, over the one of an earlier start."""
+    """Writes the resolved config into the run folder, over the one of an earlier start, or after moving an earlier run aside.
+
+    Attributes:
+        earlier_files: what an earlier run left that is not gone on with.
+    """
+
+    earlier_files: Sequence[Path] = ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: what the data, the module or the checkpoint refuse must leave no file behind."""
+        """Nothing yet: what the data, the module or the checkpoint refuse must leave no file behind, and move none."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, once everything is set up and the checkpoint's weights are loaded; on rank 0."""
-        if trainer.is_global_zero:
-            path = RunFolder(Path(trainer.default_root_dir)).config
-            with replacing(path) as temporary:
-                self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True, multifile=False)
+        """Move and write, once everything is set up and the checkpoint's weights are loaded; on rank 0."""
+        if not trainer.is_global_zero:
+            return
+        folder = RunFolder(Path(trainer.default_root_dir))
+        if self.earlier_files:
+            aside = folder.set_aside(self.earlier_files)
+            say(f"moved the earlier run under {folder.root} to {aside} (--ckpt_path last would have gone on with it)")
+        with replacing(folder.config) as temporary:
+            self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True, multifile=False)
 
 
 class RunCLI(LightningCLI):
@@ -229,15 +239,10 @@ class RunCLI(LightningCLI):
         say(f"predictions: {path}, one line a sequence")
 
     def before_fit(self) -> None:
-        """Make room for a run that starts at step 0."""
-        if self._checkpoint is None and not self.run_config.trainer.fast_dev_run:
-            self._set_earlier_run_aside()
-
-    @rank_zero_only
-    def _set_earlier_run_aside(self) -> None:
-        aside = self.folder.set_aside()
-        if aside is not None:
-            say(f"moved the earlier run under {self.folder.root} to {aside} (--ckpt_path last would have gone on with it)")
+        """Remember what an earlier run left, before this one makes files of its own; it is moved once nothing is refused any more."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's list
+            if isinstance(callback, SaveRunConfig) and self._checkpoint is None:
+                callback.earlier_files = self.folder.run_files()
 
     def after_fit(self) -> None:
         """Say where the run's files lie."""

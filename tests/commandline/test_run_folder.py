@@ -10,7 +10,7 @@ import torch
 import yaml
 from cli_support import fit, scalars, tags
 
-from mmrec.commandline.run_folder import default_root
+from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.model import MMRecModel
 
 TAGS = {
@@ -150,6 +150,32 @@ def test_a_run_begun_anew_moves_the_earlier_one_aside(tiny_config: Path, cli) ->
     assert sorted(path.name for path in (earlier / "002").iterdir()) == ["checkpoints", "config.yaml", "tb"]
     assert len(list((root / "tb").glob("events.*"))) == 1
     assert "moved" not in cli("fit", "--config", str(tiny_config), *options, "--ckpt_path", "last").out
+
+
+def test_a_start_that_fails_moves_nothing(finished_run: Path, tiny_config: Path, cli) -> None:
+    shutil.copytree(finished_run, "run")
+    before = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    ended = cli("fit", "--config", str(tiny_config), "--trainer.default_root_dir", "run", "--data.seq_len", "10000000")
+    assert ended.code == 2
+    assert "moved" not in ended.out
+    after = {path: path.read_bytes() for path in Path("run").rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before
+    assert {path.parent for path in after.keys() - before.keys()} <= {Path("run/tb")}  # Lightning opens an event file before setup
+
+
+def test_what_the_new_run_has_made_by_then_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    for name in ("checkpoints/last.ckpt", "tb/events.1", "memory/request", "config.yaml", "data/sample"):
+        (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder.root / name).write_text("old")
+    files = folder.run_files()
+    (folder.tensorboard / "events.2").write_text("new")
+    (folder.checkpoints / "last.ckpt").unlink()
+    aside = folder.set_aside(files)
+    assert aside == folder.root / "earlier" / "001"
+    assert {str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()} == {"tb/events.1", "memory/request", "config.yaml"}
+    assert [path.name for path in folder.tensorboard.iterdir()] == ["events.2"]
+    assert (folder.root / "data" / "sample").is_file()
 
 
 def test_bad_lines_met_in_training_end_in_one_line(tiny_config: Path, sample_cache: Path, cli) -> None:
