@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.loader import ResumableDataLoader
@@ -59,12 +60,17 @@ class PackedDataModule(LightningDataModule):
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """The first validation source, map-style: Lightning wraps the sampler to track indices."""
-        rows = _Rows(
-            self._validation[self.validation_names[0]],
-            None if self.validation_batches is None else self.validation_batches * self.batch_size,
-        )
-        return DataLoader(rows, batch_size=self.batch_size)
+        """The first validation source, each row once over all ranks: rank r of W takes rows r, r + W, r + 2W, ...
+
+        Map-style, since Lightning wraps the sampler to track indices. It adds no sampler of its own to one that is distributed already.
+        """
+        source, world_size = self._validation[self.validation_names[0]], self._world_size
+        if source.num_windows < world_size:
+            raise ValueError(f"there are {source.num_windows} sequences to predict, too few for {world_size} ranks: start fewer")
+        most = None if self.validation_batches is None else self.validation_batches * self.batch_size * world_size
+        rows = _Rows(source, most)
+        sampler = UnrepeatedDistributedSampler(rows, num_replicas=world_size, rank=self._rank, shuffle=False)
+        return DataLoader(rows, batch_size=self.batch_size, sampler=sampler)
 
     def _validation_loader(self, source: RandomAccess) -> DataLoader[Batch]:
         batches = ValidationBatches(

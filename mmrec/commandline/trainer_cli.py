@@ -229,7 +229,10 @@ class RunCLI(LightningCLI):
         return {**kwargs, "ckpt_path": None if self._checkpoint is None else str(self._checkpoint), "weights_only": True}
 
     def predict(self, **kwargs: Any) -> None:
-        """Write how well each sequence was foreseen: its mean negative log-likelihood in nats and its number of tokens, a line each."""
+        """Write how well each sequence was foreseen: its mean negative log-likelihood in nats and its number of tokens, a line each.
+
+        Of W processes, process R writes `predictions.R.jsonl`, the lines of sequences R, R + W, R + 2W, ...
+        """
         batches: list[Any] = self.trainer.predict(**kwargs) or []
         suffix = f".{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
         path = self.folder.root / f"predictions{suffix}.jsonl"
