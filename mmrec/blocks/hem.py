@@ -127,8 +127,8 @@ def unfuse(fused: FusedProjections) -> SeparateProjections:
     W_p, b_p = weights[4].double().cpu(), biases[4].double().cpu()
     W_E, b_E = weights[5].double().cpu(), biases[5].double().cpu()
     limit = _RESIDUAL_LIMIT[fused.W_fused.weight.dtype]
-    # gelsd, by singular values, since a trained W_p need not have full rank. gelsy is quicker, but failed on one such matrix in nine,
-    # and on others the next time (torch 2.13).
+    # gelsd, by singular values, since a trained W_p need not have full rank. gelsy is quicker, but failed on one such matrix in five,
+    # and on others the next time (torch 2.13, docs/log.md).
     separate.W_e.weight.copy_(torch.linalg.lstsq(W_p.T, W_E.T, driver="gelsd").solution.T)
     W_e = separate.W_e.weight.double().cpu()
     separate.W_e.bias.copy_(b_E - W_e @ b_p)
