@@ -25,8 +25,8 @@ class RunCheckpoint(ModelCheckpoint):
     copy is written once, by the strategy's checkpoint IO (AtomicCheckpointIO), and `last.ckpt` becomes a hard link to it in one step.
 
     The newest `keep` copies stay (by time of writing, so that a run begun anew in an old folder keeps its own). The `loss` in a name is
-    the training loss of the step before the checkpoint, averaged over the ranks. A checkpoint with a loss or gradient norm that is not
-    finite is refused: it would replace one that is good.
+    the training loss of the step before the checkpoint, averaged over its micro-batches and the ranks (the module's `last_step_loss`).
+    A checkpoint with a loss or gradient norm that is not finite is refused: it would replace one that is good.
     """
 
     def __init__(self, dirpath: str | os.PathLike[str] | None = None, every_n_steps: int = 1000, keep: int = 2) -> None:
@@ -103,10 +103,9 @@ class RunCheckpoint(ModelCheckpoint):
         return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
     def _mean_loss(self, trainer: Trainer, pl_module: Any) -> float:
-        own = [getattr(pl_module, "last_loss", None), getattr(pl_module, "last_gradient_norm", None)]
-        loss = own[0].loss if own[0] is not None else torch.zeros((), device=pl_module.device)
-        norm = own[1] if own[1] is not None else torch.zeros((), device=pl_module.device)
-        mean = trainer.strategy.reduce(torch.stack([loss.float(), norm.float()]), reduce_op="mean").tolist()
+        own = [getattr(pl_module, name, None) for name in ("last_step_loss", "last_gradient_norm")]
+        values = [torch.zeros((), device=pl_module.device) if value is None else value.float() for value in own]
+        mean = trainer.strategy.reduce(torch.stack(values), reduce_op="mean").tolist()
         for name, value in zip(("loss", "gradient norm"), mean, strict=True):
             if not torch.isfinite(torch.tensor(value)):
                 raise ValueError(

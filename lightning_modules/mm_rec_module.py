@@ -45,10 +45,14 @@ class MMRecLightningModule(LightningModule):
     Scalars go to the loggers directly, at the number of optimiser steps taken before the measurement, so that `train/loss` and
     `val/loss` at one step speak of the same weights. `self.log` would add an `epoch` tag and put a validation one step too early.
 
+    In a step every micro-batch and every rank counts equally, in the gradient and in the losses logged, whatever its number of labels:
+    packed sequences all have the same number. Validation weights each batch with its labels.
+
     Attributes:
         network: the MMRecModel.
         config: its MMRecConfig.
         last_loss: LossOutput of the latest micro-batch of this rank, detached; None before the first.
+        last_step_loss: 0-dim, the total loss of the latest step, mean of this rank's micro-batches; None before the first.
         step_losses: StepLosses of the latest step if it is one that is logged, else None.
         last_gradient_norm: 0-dim, the latest gradient norm before clipping; None before the first step.
         diagnostics_wanted: set it before a step, and `last_loss.diagnostics` is filled.
@@ -112,6 +116,7 @@ class MMRecLightningModule(LightningModule):
         self.config = network
         self.network = MMRecModel(network)
         self.last_loss: LossOutput | None = None
+        self.last_step_loss: Tensor | None = None
         self.step_losses: StepLosses | None = None
         self.last_gradient_norm: Tensor | None = None
         self.diagnostics_wanted = False
@@ -170,6 +175,7 @@ class MMRecLightningModule(LightningModule):
 
     def on_train_start(self) -> None:
         """Let the configuration decide, not the checkpoint: a resumed optimiser gets this run's rates, betas and ε."""
+        self._micro_batches = []  # of a step that an error broke off, where the module is trained again
         hparams = self.hparams
         for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=True):
             base, count = hparams["learning_rate"], self.trainer.global_step
@@ -211,6 +217,7 @@ class MMRecLightningModule(LightningModule):
         """Step, then log the step's losses every `trainer.log_every_n_steps` steps, the first and the last included."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         micro_batches, self._micro_batches, self.step_losses = self._micro_batches, [], None
+        self.last_step_loss = torch.stack([micro_batch.loss for micro_batch in micro_batches]).mean()
         step = self.trainer.global_step  # still the number of steps before this one
         interval = self.trainer.log_every_n_steps
         if interval and (step % interval == 0 or step + 1 == self.trainer.max_steps):

@@ -4,7 +4,7 @@ import os
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -33,10 +33,25 @@ def test_files_and_names(tmp_path: Path, stubs: ModuleType) -> None:
     last, sixth_or_ninth, tenth = names(tmp_path)
     assert last == "last.ckpt"
     assert re.fullmatch(r"step=000009-loss=\d\.\d{3}\.ckpt", sixth_or_ninth)
-    assert tenth == f"step=000010-loss={float(trainer.lightning_module.last_loss.loss):.3f}.ckpt"
+    assert tenth == f"step=000010-loss={float(trainer.lightning_module.last_step_loss):.3f}.ckpt"
     assert saved_step(tmp_path / "checkpoints" / "last.ckpt") == 10  # always at the end, though 10 is no multiple of 3
     assert os.path.samefile(tmp_path / "checkpoints" / "last.ckpt", tmp_path / "checkpoints" / tenth)
     assert trainer.checkpoint_callback.last_model_path == str(tmp_path / "checkpoints" / "last.ckpt")
+
+
+def test_the_loss_in_a_name_is_the_mean_of_the_steps_micro_batches(tmp_path: Path, stubs: ModuleType) -> None:
+    class Listen(Callback):
+        losses: ClassVar[list[float]] = []
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.losses.append(float(pl_module.last_loss.loss))
+
+    checkpoints = RunCheckpoint(every_n_steps=3)
+    trainer = stubs.make_trainer(tmp_path, [Listen(), checkpoints], logger=False, max_steps=3, accumulate_grad_batches=2)
+    trainer.fit(stubs.make_module(), datamodule=stubs.StubData())
+    first, second = Listen.losses[-2:]
+    assert f"{second:.3f}" != f"{(first + second) / 2:.3f}"  # else this could not fail
+    assert names(tmp_path) == ["last.ckpt", f"step=000003-loss={(first + second) / 2:.3f}.ckpt"]
 
 
 def test_no_copies(tmp_path: Path, stubs: ModuleType) -> None:

@@ -147,6 +147,22 @@ def test_accumulated_micro_batches_are_one_step(tmp_path: Path, stubs: ModuleTyp
         assert parts[tag] == [(step, pytest.approx(value, rel=1e-5)) for step, value in whole[tag]], tag
 
 
+def test_a_step_that_an_error_broke_off_is_not_in_the_next_runs_losses(tmp_path: Path, stubs: ModuleType) -> None:
+    class Fail(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise RuntimeError("after the first of two micro-batches")
+
+    module = stubs.make_module()
+    options = {"logger": False, "max_steps": 1, "accumulate_grad_batches": 2}
+    with pytest.raises(RuntimeError, match="after the first"):
+        stubs.make_trainer(tmp_path, [Fail()], **options).fit(module, datamodule=stubs.StubData())
+    module.zero_grad()
+    stubs.make_trainer(tmp_path, **options).fit(module, datamodule=stubs.StubData())
+    fresh = stubs.make_module()
+    stubs.make_trainer(tmp_path, **options).fit(fresh, datamodule=stubs.StubData())
+    assert torch.equal(module.last_step_loss, fresh.last_step_loss)
+
+
 def test_several_validation_sources_are_weighted_by_their_tokens(tmp_path: Path, stubs: ModuleType) -> None:
     module = stubs.make_module()
     data = stubs.StubData(validation_sources=2)

@@ -114,6 +114,7 @@ def test_two_processes(tmp_path: Path, stubs: ModuleType) -> None:
         assert others[tag] == [(step, pytest.approx(value, rel=1e-5)) for step, value in curves[tag]], tag
 
     (fourth,) = (two / "checkpoints").glob("step=000004-*.ckpt")
+    assert fourth.name == f"step=000004-loss={others['train/loss'][3][1]:.3f}.ckpt"  # the mean of the ranks
     run_process(resumed, data={"batch_size": 4}, resume=str(fourth), seed=99, **options, **TWO)
     for rank in (0, 1):
         after = {step: values for step, values in stubs.read_steps(two, rank).items() if step > 4}
