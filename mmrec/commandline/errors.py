@@ -1,27 +1,33 @@
-"""What a user did wrong ends in one line and exit code 2; what this code did wrong keeps its traceback."""
+"""What a user did wrong ends in one line and exit code 2; what this code did wrong keeps its traceback.
 
-import dis
+With MMREC_TRACEBACK=1 in the environment the traceback of any error is printed as well.
+"""
+
 import os
 import re
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from pathlib import Path
 from typing import NoReturn
 
 from mmrec.commandline.parse_errors import one_line
 
 OUR_PACKAGES = ("mmrec", "lightning_modules", "datamodules", "callbacks")
 BAD_INPUT = 2  # exit code
+TRACEBACK_VARIABLE = "MMREC_TRACEBACK"
 
 
 class BadInputError(ValueError):
     """A fault in what the user gave; its message is one line that names the thing and the remedy."""
 
 
-def fail(message: str) -> NoReturn:
-    """Print `error: MESSAGE` on one line of the standard error and leave with exit code 2."""
+def fail(message: str, error: BaseException | None) -> NoReturn:
+    """Print `error: MESSAGE` on one line of the standard error and leave with exit code 2; before it, if asked for, the traceback."""
     sys.stdout.flush()
+    if error is not None and os.environ.get(TRACEBACK_VARIABLE) == "1":
+        traceback.print_exception(error)
     sys.stderr.write(f"error: {' '.join(message.split())}\n")
     raise SystemExit(BAD_INPUT)
 
@@ -38,14 +44,14 @@ def one_line_errors() -> Iterator[None]:
         message = bad_input_message(error)
         if message is None:
             raise
-        fail(message)
+        fail(message, error)
 
 
 def bad_input_message(error: Exception) -> str | None:
     """The line for an exception that bad input caused, None for any other.
 
-    Bad input is what a `raise` statement in our packages calls a ValueError or an OSError, an OSError that names a file,
-    and what Lightning calls a misconfiguration. A ValueError out of torch or out of an expression is a bug and is not.
+    Bad input is a ValueError or an OSError whose innermost frame lies in our packages, an OSError that names a file, and what
+    Lightning calls a misconfiguration. A ValueError out of torch or another library is a bug and is not.
     """
     if isinstance(error, BadInputError) or type(error).__name__ == "MisconfigurationException":
         return one_line(str(error))
@@ -53,33 +59,19 @@ def bad_input_message(error: Exception) -> str | None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     if not isinstance(error, ValueError | OSError):
         return None
-    if worker := _worker_message(error):
-        return worker
-    frame, instruction = _innermost(error.__traceback__)
-    if frame is not None and frame.f_globals.get("__name__", "").split(".")[0] in OUR_PACKAGES and _raises(frame, instruction):
-        return str(error)
-    return None
+    if str(error).startswith("Caught ") and "DataLoader worker process" in str(error):
+        return _worker_message(str(error))
+    frames = traceback.extract_tb(error.__traceback__)
+    return str(error) if frames and _is_ours(frames[-1].filename) else None
 
 
-def _innermost(traceback: TracebackType | None) -> tuple[FrameType | None, int]:
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    return (traceback.tb_frame, traceback.tb_lasti) if traceback is not None else (None, 0)
+def _is_ours(file: str) -> bool:
+    """Whether a source file belongs to our packages, wherever they are installed."""
+    root = Path(__file__).parents[2]
+    return any(Path(file).is_relative_to(root / package) for package in OUR_PACKAGES)
 
 
-def _raises(frame: FrameType, offset: int) -> bool:
-    """Whether the instruction at `offset` of the frame's code is a raise statement's."""
-    return any(found.offset == offset and found.opname == "RAISE_VARARGS" for found in dis.get_instructions(frame.f_code))
-
-
-def _worker_message(error: Exception) -> str | None:
-    """The message of our own error that torch brought back from a data worker together with its traceback as text."""
-    text = str(error)
-    if not text.startswith("Caught ") or "DataLoader worker process" not in text:
-        return None
+def _worker_message(text: str) -> str | None:
+    """The message of an error of ours in a data worker: torch brings it back with the worker's traceback as its text."""
     files = re.findall(r'^  File "([^"]+)", line \d+', text, re.MULTILINE)
-    ours = re.search(rf"[/\\](?:{'|'.join(OUR_PACKAGES)})[/\\][^/\\]", files[-1]) if files else None
-    source = re.findall(r"^    (.*)$", text, re.MULTILINE)
-    if not ours or not any(line.strip().startswith("raise ") for line in source[-2:]):
-        return None
-    return text.strip().splitlines()[-1].partition(": ")[2]
+    return text.strip().splitlines()[-1].partition(": ")[2] if files and _is_ours(files[-1]) else None

@@ -21,7 +21,7 @@ class OneLineErrors(ArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = self._chosen_parser(ex)
-        fail(one_line(message, known_keys(parser), parser.known_classes()))
+        fail(one_line(message, known_keys(parser), parser.known_classes()), ex)
 
     def known_classes(self) -> dict[str, list[str]]:
         """Names of the classes that may be given without their package, by the key that takes them."""

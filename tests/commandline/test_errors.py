@@ -59,6 +59,16 @@ def test_the_line_is_one_and_the_exit_code_two(capsys) -> None:
     assert capsys.readouterr().err == "error: first second\n"
 
 
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False)])
+def test_the_traceback_is_shown_where_it_is_asked_for(value: str, shown: bool, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MMREC_TRACEBACK", value)
+    for arguments in (["configs", "nope"], ["fit", "--config", "cpu_tiny", "--trainer.max_steps", "x"]):
+        ended = cli(*arguments)
+        assert ended.code == 2
+        assert ended.err.splitlines()[-1].startswith("error: ")
+        assert ended.err.startswith("Traceback (most recent call last):") is shown
+
+
 def test_a_text_that_is_not_recognised_is_joined_to_one_line() -> None:
     assert one_line("Something new:\n  - of which\n    nobody knew") == "Something new: - of which nobody knew"
     nested = (
