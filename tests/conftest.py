@@ -1,6 +1,8 @@
 """Every test starts from the same random state and, where it asks for it, with poisoned memory."""
 
+import importlib
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,6 +11,12 @@ import torch
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def stubs() -> ModuleType:
+    """tests/stub_run.py, the small training run of the tests of module and callbacks; it imports Lightning, so only where asked for."""
+    return importlib.import_module("stub_run")
 
 
 @pytest.fixture

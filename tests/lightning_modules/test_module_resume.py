@@ -13,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = Path(__file__).with_name("stub_run.py")
+SCRIPT = ROOT / "tests" / "stub_run.py"
 TWO = {"devices": 2, "strategy": "ddp"}
 
 
