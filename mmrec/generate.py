@@ -1,7 +1,7 @@
 """Decoding with the constant-size state: read a prompt once, then one token at a time.
 
 What is carried from token to token are the states of the blocks, whose size does not depend on how much was read. A long
-prompt is read in pieces, so that neither it nor its logits ever stand in memory as a whole.
+prompt is read in pieces, so that it never stands in memory as a whole; of its logits only the last are computed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -66,12 +66,10 @@ def read_prompt(model: MMRecModel, token_ids: Sequence[int], chunk_size: int = 5
         raise ValueError(f"token id {wrong[0]} in the prompt is out of range: the network knows 0 … {vocab_size - 1}")
     device = model.embedding.weight.device
     state = model.init_state(1, device)
-    # All but the last token only for their state: the logits of a piece are dropped before the next is read.
-    for start in range(0, len(token_ids) - 1, chunk_size):
-        piece = torch.tensor([token_ids[start : min(start + chunk_size, len(token_ids) - 1)]], device=device)
-        _, state = model(piece, state=state, return_state=True)
-    logits, state = model.step(torch.tensor([token_ids[-1]], device=device), state)
-    return logits, state
+    # Not the model's forward: it would compute the logits of every token, and only the last one's are wanted.
+    for start in range(0, len(token_ids), chunk_size):
+        hidden, _, state = model._hidden(torch.tensor([token_ids[start : start + chunk_size]], device=device), None, state, False)
+    return model.head(hidden[:, -1]), state
 
 
 def filtered_logits(logits: Tensor, sampling: Sampling) -> Tensor:

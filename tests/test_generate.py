@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import assert_same
 
 from mmrec.generate import Sampling, filtered_logits, generate, read_prompt
 from mmrec.model import MMRecModel
@@ -25,8 +26,18 @@ def tokens(model: MMRecModel, prompt: list[int] = PROMPT, **options: object) -> 
 def test_a_prompt_read_in_pieces_gives_the_logits_of_the_whole(model: MMRecModel, chunk_size: int) -> None:
     logits, state = read_prompt(model, PROMPT, chunk_size)
     whole, last = model(torch.tensor([PROMPT]), return_state=True)
-    torch.testing.assert_close(logits, whole[:, -1], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close([(block.h, block.M) for block in state], [(block.h, block.M) for block in last], rtol=1e-4, atol=1e-5)
+    assert_same(logits, whole[:, -1], what="logits")
+    for found, expected in zip(state, last, strict=True):
+        assert_same(found.h, expected.h, what="h")
+        assert_same(found.M, expected.M, what="M")
+
+
+def test_reading_a_prompt_computes_the_logits_of_its_last_token_only(model: MMRecModel) -> None:
+    sizes: list[int] = []
+    hook = model.head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
+    read_prompt(model, PROMPT, 4)
+    hook.remove()
+    assert sizes == [model.config.vocab_size]
 
 
 def test_greedy_decoding_is_what_running_the_whole_text_again_gives(model: MMRecModel) -> None:
