@@ -5,7 +5,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from callbacks.scalars import log_scalars, summary_writers
+from callbacks.scalars import is_due, log_scalars, summary_writers
 from callbacks.tensorboard_layout import custom_scalar_layout
 
 
@@ -61,8 +61,8 @@ class AuxiliaryLossCurves(Callback):
         if step == self._step:
             return
         self._step, self._diagnostics, self._gradients = step, {}, {}
-        pl_module.diagnostics_wanted = _is_due(trainer, step, self.diagnostics_every_n_steps)
-        if _is_due(trainer, step, self.gradients_every_n_steps) and pl_module.network.use_uboo:
+        pl_module.diagnostics_wanted = is_due(trainer, step, self.diagnostics_every_n_steps)
+        if is_due(trainer, step, self.gradients_every_n_steps) and pl_module.network.use_uboo:
             part = {name: value[: self.gradient_sequences] for name, value in batch.items()}
             self._gradients = pl_module.auxiliary_gradient_statistics(part)
 
@@ -91,8 +91,3 @@ class AuxiliaryLossCurves(Callback):
                     writer.add_histogram(f"aux/by_layer/{name}", tensor.float().cpu(), step)
                 if losses is not None and pl_module.network.use_uboo:
                     writer.add_histogram("aux/by_layer/loss", losses.auxiliary_by_layer.cpu(), step)
-
-
-def _is_due(trainer: Trainer, step: int, interval: int) -> bool:
-    """At the last step as well: TensorBoard draws a curve of one point badly, or, off its default axis, not at all."""
-    return interval > 0 and (step % interval == 0 or step + 1 == trainer.max_steps)

@@ -12,6 +12,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
+from callbacks.scalars import is_log_step, log_scalars
 from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_hyperparameters, check_token_range, check_vocabulary
 from lightning_modules.gradients import auxiliary_gradient_statistics, clip_gradients
 from lightning_modules.parameter_groups import parameter_groups
@@ -219,8 +220,7 @@ class MMRecLightningModule(LightningModule):
         micro_batches, self._micro_batches, self.step_losses = self._micro_batches, [], None
         self.last_step_loss = torch.stack([micro_batch.loss for micro_batch in micro_batches]).mean()
         step = self.trainer.global_step  # still the number of steps before this one
-        interval = self.trainer.log_every_n_steps
-        if interval and (step % interval == 0 or step + 1 == self.trainer.max_steps):
+        if is_log_step(self.trainer, step):
             self._log_step(step, micro_batches, optimizer.param_groups[0]["lr"])
 
     def _log_step(self, step: int, micro_batches: list[LossOutput], learning_rate: float) -> None:
@@ -230,22 +230,15 @@ class MMRecLightningModule(LightningModule):
         self._update_tokens_seen()
         loss, main, auxiliary = mean[:3].tolist()
         norm = float(self.last_gradient_norm) if self.last_gradient_norm is not None else float("nan")
-        self._log_scalars(
-            {
-                "train/loss": loss,
-                "train/loss_main": main,
-                "train/loss_aux": auxiliary,
-                "train/grad_norm": norm,
-                "train/lr": learning_rate,
-                "train/tokens": self.tokens_seen,
-            },
-            step,
-        )
-
-    def _log_scalars(self, values: dict[str, float], step: int) -> None:
-        for logger in self.trainer.loggers:
-            logger.log_metrics(values, step=step)
-            logger.save()
+        values = {
+            "train/loss": loss,
+            "train/loss_main": main,
+            "train/loss_aux": auxiliary,
+            "train/grad_norm": norm,
+            "train/lr": learning_rate,
+            "train/tokens": self.tokens_seen,
+        }
+        log_scalars(self.trainer, values, step)
 
     def _update_tokens_seen(self) -> None:
         """Add what all ranks have read since the last time; a collective."""
@@ -286,6 +279,7 @@ class MMRecLightningModule(LightningModule):
         self._finish_means("test")
 
     def _finish_means(self, prefix: str) -> None:
+        """Log the means under `<prefix>/`; of several sources the plain `<prefix>/loss` and `<prefix>/ppl` are the first one's."""
         names = getattr(getattr(self.trainer, "datamodule", None), "validation_names", None)
         values: dict[str, float] = {}
         for index, mean in enumerate(self._means):
@@ -298,7 +292,7 @@ class MMRecLightningModule(LightningModule):
             self.log_dict(values)  # `trainer.validate` prints and returns these
             return
         # Lightning drops what is logged while it checks sanity; here that run is the measurement before the first step.
-        self._log_scalars(values, self.trainer.global_step)
+        log_scalars(self.trainer, values, self.trainer.global_step)
         if not self.trainer.sanity_checking:
             self.log_dict(values, logger=False)
 
