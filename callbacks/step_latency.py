@@ -185,7 +185,8 @@ class StepLatency(Callback):
         }
         seconds = sum(times.milliseconds["step"] for times in self.times) / 1e3
         per_device = sum(times.tokens for times in self.times) / seconds
-        flops = sum(times.tokens * pl_module.flops_per_token(times.sequence_length) for times in self.times) / seconds
+        flops_per_token = {length: pl_module.flops_per_token(length) for length in {times.sequence_length for times in self.times}}
+        flops = sum(times.tokens * flops_per_token[times.sequence_length] for times in self.times) / seconds
         values |= {
             "throughput/tokens_per_second": per_device * world_size,
             "throughput/tokens_per_second_per_device": per_device,

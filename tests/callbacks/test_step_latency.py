@@ -125,6 +125,16 @@ def test_the_tags(tmp_path: Path, stubs: ModuleType) -> None:
     assert "start" not in vars(trainer.profiler)  # the profiler is as it was
 
 
+def test_flops_are_counted_once_a_sequence_length() -> None:
+    asked: list[int] = []
+    module = SimpleNamespace(flops_per_token=lambda length: asked.append(length) or 10 * length)
+    latency = StepLatency()
+    latency.times.extend(StepTimes(dict.fromkeys(PHASES, 500.0), tokens, length) for tokens, length in [(100, 8), (100, 8), (50, 4)])
+    values = latency.summary(module, world_size=2)
+    assert values["throughput/model_tflops_per_second_per_device"] == (2 * 100 * 80 + 50 * 40) / 1.5 / 1e12
+    assert sorted(asked) == [4, 8]
+
+
 def test_only_the_fetch_of_training_batches_counts() -> None:
     calls: list[str] = []
     profiler = SimpleNamespace(start=lambda name: calls.append("+" + name), stop=lambda name: calls.append("-" + name))
