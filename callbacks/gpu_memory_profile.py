@@ -143,6 +143,7 @@ class GPUMemoryProfile(Callback):
             self._show_table(trainer, pl_module, step)
         if self._snapshot_due:
             self._snapshot(trainer, f"step={step:06d}-rank={trainer.global_rank}", step)
+            self._snapshot_due = False
             if not self.record_history:
                 stop_history()
 
@@ -161,7 +162,7 @@ class GPUMemoryProfile(Callback):
         print(f"memory snapshot: {path}", flush=True)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Where memory ran out, say so and write the snapshot; the error goes on its way."""
+        """Where memory ran out, say so and write the snapshot; stop recording; the error goes on its way."""
         if self._activations is not None:
             self._activations.stop()
             self._activations = None
@@ -173,8 +174,13 @@ class GPUMemoryProfile(Callback):
                 self._snapshot(trainer, f"out-of-memory-step={step:06d}-rank={trainer.global_rank}", step)
             except OSError as error:  # must not hide what ran out
                 print(f"no memory snapshot: {error}", flush=True)
+        self._stop_recording()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop recording."""
-        if self.record_history:
+        self._stop_recording()
+
+    def _stop_recording(self) -> None:
+        if self.record_history or self._snapshot_due:
             stop_history()
+        self._snapshot_due = False

@@ -1,6 +1,7 @@
 """On a CPU: the process's memory by phase, the table, snapshots on demand and when memory runs out."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,6 +112,24 @@ def test_other_errors_leave_none(tmp_path: Path, stubs: ModuleType) -> None:
     with pytest.raises(RuntimeError, match="something else"):
         fit(tmp_path, stubs, profile, Failing(), logger=False)
     assert profile.snapshots == []
+
+
+@pytest.mark.parametrize("options", [{"record_history": True}, {"snapshot_steps": [0]}])
+@pytest.mark.parametrize("failing", [True, False])
+def test_recording_ends_with_the_training_however_it_ends(
+    options: dict[str, Any], failing: bool, tmp_path: Path, stubs: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    monkeypatch.setattr("callbacks.gpu_memory_profile.start_history", lambda: events.append("start"))
+    monkeypatch.setattr("callbacks.gpu_memory_profile.stop_history", lambda: events.append("stop"))
+
+    class Failing(Callback):
+        def on_before_backward(self, *args: Any) -> None:
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else") if failing else nullcontext():
+        fit(tmp_path, stubs, GPUMemoryProfile(**options), *([Failing()] if failing else []), logger=False, max_steps=2)
+    assert events == ["start", "stop"]
 
 
 def test_what_counts_as_out_of_memory() -> None:
