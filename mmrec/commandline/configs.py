@@ -6,13 +6,14 @@ a config can be a small overlay of another. Names under `base` are looked for be
 the shipped ones.
 """
 
-import difflib
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from mmrec.commandline.nearest import did_you_mean, nearest_name
 
 SUFFIXES = (".yaml", ".yml")
 
@@ -62,8 +63,7 @@ def find_config(name: str, beside: Path | None = None) -> Path:
         return shipped[stem]
     if given.is_dir():
         raise IsADirectoryError(f"config {name} is a folder, not a YAML file")
-    nearest = difflib.get_close_matches(stem, shipped, n=1)
-    hint = f"; did you mean {nearest[0]}?" if nearest else "."
+    hint = did_you_mean(nearest_name(stem, shipped, cutoff=0.6)) or "."
     raise FileNotFoundError(f"no config {name}{hint} Shipped ones: {', '.join(shipped)}")
 
 

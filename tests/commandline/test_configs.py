@@ -6,6 +6,7 @@ import pytest
 import torch
 import yaml
 
+from datamodules.sample import DEFAULT_VOCAB_SIZE
 from mmrec.commandline.configs import config_layers, find_config, merge, read_config, shipped_configs
 from mmrec.commandline.memory_estimate import estimate
 from mmrec.config import MMRecConfig
@@ -39,7 +40,8 @@ def test_a_shipped_config_parses_and_builds_on_the_meta_device(name: str, cli) -
     assert model.num_parameters(training_only=False) / 1e6 == pytest.approx(millions, rel=0.015)
     assert (config.num_layers, config.model_dim) == (layers, width)
     assert config.head_dim in (64, 128)
-    assert config.vocab_size == parsed["data"]["init_args"]["vocab_size"]
+    data = parsed["data"]["init_args"]
+    assert config.vocab_size == (data["vocab_size"] or (DEFAULT_VOCAB_SIZE if data["source"] == "sample" else None))
     assert parsed["trainer"]["max_steps"] > 0
     assert parsed["trainer"]["gradient_clip_val"] == 1.0
     # What the parser makes of a config's layers is what `configs` reads.
