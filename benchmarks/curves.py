@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from mmrec.files import write_atomically
 
 CURVES = ("train/loss", "train/loss_main", "train/loss_aux", "train/grad_norm", "val/", "aux/")
+PATHS = ("default_root_dir", "tokens_dir", "tokenizer", "train_files", "validation_files", "cache_dir", "snapshot_dir", "dirpath")
 POINTS = 60  # a tag, at the most; the ends are always kept
 
 
@@ -37,6 +39,16 @@ def thin(points: list[Any]) -> list[Any]:
     return [points[round(index * (len(points) - 1) / (POINTS - 1))] for index in range(POINTS)]
 
 
+def without_folders(value: Any, key: str = "") -> Any:
+    """A config with only the last component of what the keys of PATHS hold: the folders are this machine's."""
+    if isinstance(value, dict):
+        # A mapping of validation sources holds paths under names of its own.
+        return {name: without_folders(item, key if key in PATHS else name) for name, item in value.items()}
+    if isinstance(value, list):
+        return [without_folders(item, key) for item in value]
+    return Path(value).name if key in PATHS and isinstance(value, str) else value
+
+
 def curves(run: Path) -> dict[str, Any]:
     """Everything worth keeping of a run folder."""
     events = EventAccumulator(str(run / "tb"), size_guidance={"scalars": 0})
@@ -47,7 +59,7 @@ def curves(run: Path) -> dict[str, Any]:
     return {
         "date": date.today().isoformat(),
         **machine(),
-        "config": yaml.safe_load((run / "config.yaml").read_text()),
+        "config": without_folders(yaml.safe_load((run / "config.yaml").read_text())),
         "steps": last.step + 1,
         "seconds_of_training": round(last.wall_time - first.wall_time, 1),
         "tags": tags,
@@ -60,16 +72,20 @@ def curves(run: Path) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    """Read a run folder, write JSON."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read a run folder, write JSON.
+
+    Args:
+        arguments: what follows the program's name; None: `sys.argv`.
+    """
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("run", type=Path, help="a run folder, with tb/ and config.yaml")
     parser.add_argument("output", type=Path, help="the JSON file to write")
-    arguments = parser.parse_args()
-    if not (arguments.run / "tb").is_dir():
-        parser.error(f"{arguments.run} is no run folder: it has no tb/")
-    write_atomically(arguments.output, (json.dumps(curves(arguments.run), indent=1, allow_nan=False) + "\n").encode())
-    print(arguments.output)
+    options = parser.parse_args(arguments)
+    if not (options.run / "tb").is_dir():
+        parser.error(f"{options.run} is no run folder: it has no tb/")
+    write_atomically(options.output, (json.dumps(curves(options.run), indent=1, allow_nan=False) + "\n").encode())
+    print(options.output)
 
 
 if __name__ == "__main__":
