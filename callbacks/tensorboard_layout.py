@@ -13,7 +13,7 @@ def custom_scalar_layout() -> Layout:
     layers = r"aux/layer_\d+"
     return {
         "Loss": {
-            "main loss, training and validation": _lines("train/loss_main", "val/loss", "val/.+/loss"),
+            "main loss, training and validation": _lines("train/loss_main", "val/loss$", "val/.+/loss"),
             "total and main": _lines("train/loss$", "train/loss_main"),
             "auxiliary, scaled": _lines("train/loss_aux"),
             "perplexity": _lines("val/ppl", "val/.+/ppl"),
@@ -39,7 +39,7 @@ def custom_scalar_layout() -> Layout:
             "phases, 99th percentile": _lines(r"latency/(data|forward|backward|optimizer)_p99_ms"),
         },
         "Throughput": {
-            "tokens a second": _lines("throughput/tokens_per_second"),
+            "tokens a second": _lines("throughput/tokens_per_second$"),
             "model TFLOP/s a device": _lines("throughput/model_tflops_per_second_per_device"),
             "MFU": _lines("throughput/mfu"),
         },

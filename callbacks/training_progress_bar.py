@@ -84,6 +84,15 @@ class TrainingProgressBar(RichProgressBar):
             self._update(self.train_progress_bar_id, trainer.global_step, hard=is_last)
             self._update_metrics(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A line with the validation's losses, the one before the first step too, where no bar can show them."""
+        super().on_validation_end(trainer, pl_module)
+        losses = {tag: value for tag, value in getattr(pl_module, "last_validation", {}).items() if tag.endswith("/loss")}
+        if self._prints_lines and trainer.state.fn == "fit" and losses:
+            print(
+                f"validation at step {trainer.global_step}: " + ", ".join(f"{tag} {value:.3f}" for tag, value in losses.items()), flush=True
+            )
+
     def _measure(self, now: float) -> None:
         if now > self._rate_since:
             self._tokens_per_second = self._tokens / (now - self._rate_since)

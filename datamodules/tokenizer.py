@@ -57,7 +57,9 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no tokenizer file {path}: train one with `python -m mmrec.cli prepare` or correct data.tokenizer")
+        raise FileNotFoundError(
+            f"no tokenizer file {path}: train one with `python -m mmrec.cli prepare --files GLOB --output FOLDER` or correct data.tokenizer"
+        )
     try:
         tokenizer = HFTokenizer.from_file(str(path))
     except Exception as error:  # the Rust side raises plain Exception

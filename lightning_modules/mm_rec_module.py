@@ -56,6 +56,7 @@ class MMRecLightningModule(LightningModule):
         last_step_loss: 0-dim, the total loss of the latest step, mean of this rank's micro-batches; None before the first.
         step_losses: StepLosses of the latest step if it is one that is logged, else None.
         last_gradient_norm: 0-dim, the latest gradient norm before clipping; None before the first step.
+        last_validation: loss and perplexity of the latest validation, by tag.
         diagnostics_wanted: set it before a step, and `last_loss.diagnostics` is filled.
         tokens_seen: input tokens of all ranks, as of the latest logged step or checkpoint.
     """
@@ -127,6 +128,7 @@ class MMRecLightningModule(LightningModule):
         self._batches_checked = 0
         self._means: list[MeanMetric] = []
         self._blocks_compiled = False
+        self.last_validation: dict[str, float] = {}
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Logits (B, T, vocab) of token ids (B, T)."""
@@ -288,6 +290,7 @@ class MMRecLightningModule(LightningModule):
             for stem in ([prefix] if index == 0 else []) + ([f"{prefix}/{name}"] if len(self._means) > 1 else []):
                 values |= {f"{stem}/loss": float(loss), f"{stem}/ppl": float(loss.exp())}
         self._means = []
+        self.last_validation = values
         if self.trainer.state.fn != "fit":
             self.log_dict(values)  # `trainer.validate` prints and returns these
             return
@@ -316,8 +319,9 @@ class MMRecLightningModule(LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the tokens seen; every rank takes part."""
+        """Store the tokens seen, and the configuration as the network has it now (`set_hem` changes it); every rank takes part."""
         self._update_tokens_seen()
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["network"] = asdict(self.network.config)
         checkpoint["tokens_seen"] = self.tokens_seen
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -68,7 +68,7 @@ def read_prompt(model: MMRecModel, token_ids: Sequence[int], chunk_size: int = 5
     state = model.init_state(1, device)
     # Not the model's forward: it would compute the logits of every token, and only the last one's are wanted.
     for start in range(0, len(token_ids), chunk_size):
-        hidden, _, state = model._hidden(torch.tensor([token_ids[start : start + chunk_size]], device=device), None, state, False)
+        hidden, state = model.hidden_states(torch.tensor([token_ids[start : start + chunk_size]], device=device), state=state)
     return model.head(hidden[:, -1]), state
 
 

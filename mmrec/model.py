@@ -174,6 +174,14 @@ class MMRecModel(nn.Module):
         device = device if device is not None else weight.device
         return [memory.init_state(self.config, batch_size, device, dtype) for _ in self.blocks]
 
+    def hidden_states(
+        self, input_ids: Tensor, *, reset: Tensor | None = None, state: list[BlockState] | None = None
+    ) -> tuple[Tensor, list[BlockState]]:
+        """What the head would read, (B, T, D), and the state after it: for reading a text of which not every logit is wanted."""
+        self._check(input_ids, reset, state, None)
+        hidden, _, state = self._hidden(input_ids, reset, state, with_planning=False)
+        return hidden, state
+
     def step(self, token_ids: Tensor, state: list[BlockState]) -> tuple[Tensor, list[BlockState]]:
         """One token: (B,) int64 and a state to the next token's logits (B, vocab_size) and the state after it."""
         logits, state = self(token_ids.unsqueeze(1), state=state, return_state=True)

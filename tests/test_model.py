@@ -167,6 +167,8 @@ def test_chunks_equal_the_whole(chunk_size: int) -> None:
 def test_steps_equal_the_whole() -> None:
     model, ids = disturb(small()).double(), tokens()
     whole = model(ids)
+    hidden, _ = model.hidden_states(ids)
+    assert torch.equal(model.head(hidden), whole)
     state = model.init_state(B)
     for t in range(T):
         logits, state = model.step(ids[:, t], state)

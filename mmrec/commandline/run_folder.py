@@ -40,11 +40,11 @@ class RunFolder(NamedTuple):
         return self.root / "memory"
 
     def run_files(self) -> list[Path]:
-        """What a run has left here; nothing where there was none."""
-        if not self.last_checkpoint.is_file() and not any(self.tensorboard.glob("events.*")):
+        """What a run has left here; nothing where none has come as far as writing its config."""
+        if not self.config.is_file():
             return []
         folders = (self.checkpoints, self.tensorboard, self.memory_snapshots)
-        return [path for folder in folders for path in folder.glob("*")] + [self.config]
+        return [path for folder in folders for path in folder.glob("*")] + [self.config, *self.root.glob("predictions*.jsonl")]
 
     def set_aside(self, files: Sequence[Path]) -> Path:
         """Move `files` of an earlier run into `earlier/NNN`, so that two runs never share curves or checkpoints.

@@ -26,6 +26,7 @@ from callbacks import (
 from datamodules import C4DataModule
 from lightning_modules import MMRecLightningModule
 from mmrec.commandline.arguments import expand_configs
+from mmrec.commandline.checkpoints import read_run_checkpoint
 from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
 from mmrec.commandline.commands import OUR_COMMANDS
 from mmrec.commandline.errors import BadInputError
@@ -198,10 +199,7 @@ class RunCLI(LightningCLI):
         config = {**self.config_init[self.subcommand]["trainer"].as_dict(), **kwargs}
         fitting = self.subcommand == "fit"
         if config["logger"] is None or config["logger"] is True:
-            folder = self.folder
-            config["logger"] = (
-                TensorBoardLogger(folder.root, name=folder.tensorboard.name, version="", default_hp_metric=False) if fitting else False
-            )
+            config["logger"] = self._tensorboard() if fitting else False
         plugins = config["plugins"] if isinstance(config["plugins"], list) else [config["plugins"]] if config["plugins"] else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins = [*plugins, AtomicCheckpointIO()]
@@ -210,6 +208,14 @@ class RunCLI(LightningCLI):
             return self._instantiate_trainer(config, self._our_callbacks(config))
         except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:  # an unknown strategy, no such device
             raise BadInputError(f"trainer: {error}") from error
+
+    def _tensorboard(self) -> TensorBoardLogger:
+        folder, purge_step = self.folder, None
+        if self._checkpoint is not None:
+            # A killed run has logged steps behind its last checkpoint; they are taken again, and TensorBoard is to forget the first time.
+            # Not the checkpoint's own step: it may hold the validation that no resumed run repeats.
+            purge_step = read_run_checkpoint(self._checkpoint)["global_step"] + 1
+        return TensorBoardLogger(folder.root, name=folder.tensorboard.name, version="", default_hp_metric=False, purge_step=purge_step)
 
     def _our_callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         run = self.config_init[self.subcommand]

@@ -31,6 +31,14 @@ def test_lines_hold_step_loss_speed_and_time_left(tmp_path: Path, stubs: ModuleT
     assert "\r" not in output
 
 
+def test_every_validation_gets_a_line_the_one_before_the_first_step_too(
+    tmp_path: Path, stubs: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit(tmp_path, stubs, TrainingProgressBar(plain_seconds=1e9), max_steps=4, val_check_interval=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("validation ")]
+    assert [re.sub(r"\d\.\d{3}$", "X", line) for line in lines] == [f"validation at step {step}: val/loss X" for step in (0, 2, 4)]
+
+
 def test_between_two_lines_there_is_silence(tmp_path: Path, stubs: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path, stubs, TrainingProgressBar(plain_seconds=1e9), max_steps=5)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]

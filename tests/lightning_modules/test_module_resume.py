@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,18 @@ def test_a_resumed_run_goes_on_where_the_curves_ended(tmp_path: Path, stubs: Mod
     assert [step for step, _ in logged["val/loss"]] == [0, 3, 6]
     assert [step for step, _ in logged["train/loss"]] == [0, 1, 2, 3, 4, 5]
     assert [value for _, value in logged["train/tokens"]] == [step * 4 * stubs.SEQ_LEN for step in range(1, 7)]
+
+
+@pytest.mark.filterwarnings("ignore:set_hem changed the parameters:UserWarning")
+def test_a_converted_network_is_saved_with_the_configuration_it_has_now(tmp_path: Path, stubs: ModuleType) -> None:
+    module, trainer = stubs.make_module(), stubs.make_trainer(tmp_path, max_steps=1)
+    trainer.fit(module, datamodule=stubs.StubData())
+    module.network.set_hem(False)
+    trainer.save_checkpoint(tmp_path / "converted.ckpt", weights_only=True)
+    checkpoint = torch.load(tmp_path / "converted.ckpt", weights_only=True)
+    assert checkpoint["hyper_parameters"]["network"]["use_hem"] is False
+    again = type(module)(**checkpoint["hyper_parameters"])
+    again.load_state_dict(checkpoint["state_dict"])
 
 
 def test_two_processes(tmp_path: Path, stubs: ModuleType) -> None:
