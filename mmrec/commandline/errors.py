@@ -50,13 +50,15 @@ def one_line_errors() -> Iterator[None]:
 def bad_input_message(error: Exception) -> str | None:
     """The line for an exception that bad input caused, None for any other.
 
-    Bad input is a ValueError or an OSError whose innermost frame lies in our packages, an OSError that names a file, and what
-    Lightning calls a misconfiguration. A ValueError out of torch or another library is a bug and is not.
+    Bad input is a ValueError or an OSError whose innermost frame lies in our packages, an OSError that names a file, what Lightning
+    calls a misconfiguration, and a package that it says is missing. A ValueError out of torch or another library is a bug and is not.
     """
     if isinstance(error, BadInputError) or type(error).__name__ == "MisconfigurationException":
         return one_line(str(error))
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
+    if isinstance(error, ModuleNotFoundError) and error.name is None:  # raised by hand: what was asked for needs a further package
+        return one_line(str(error))
     if not isinstance(error, ValueError | OSError):
         return None
     if str(error).startswith("Caught ") and "DataLoader worker process" in str(error):

@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import PositiveInt
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -47,6 +49,10 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "use_distributed_sampler": False,  # the data modules divide their samples among the ranks themselves
     "gradient_clip_val": 1.0,
 }
+
+
+# Some of Lightning's arguments default to members of a string enumeration (Timer's `interval`), which YAML cannot write by itself.
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_str(str(member.value)))
 
 
 class RunParser(OneLineErrors, LightningArgumentParser):

@@ -1,5 +1,6 @@
 """What is bad input and what is a bug; jsonargparse's texts reduced; the nearest name."""
 
+import importlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +27,13 @@ def test_what_our_packages_raise_is_bad_input() -> None:
     assert message_of(lambda: MMRecConfig(model_dim=8, num_heads=3)).startswith("num_heads = 3 does not divide")
     assert message_of(lambda: load_tokenizer("none.json")).startswith("no tokenizer file none.json")
     assert message_of(lambda: Path("none.txt").read_text()) == "none.txt: no such file or directory"
+
+
+def test_a_package_that_lightning_misses_is_one_line_and_one_that_our_code_misses_is_a_bug() -> None:
+    assert bad_input_message(ModuleNotFoundError("install psutil\nHINT: pip")) == "install psutil HINT: pip"
+    with pytest.raises(ModuleNotFoundError) as missing:
+        importlib.import_module("no_such_module_at_all")
+    assert bad_input_message(missing.value) is None
 
 
 def test_what_a_bug_raises_keeps_its_traceback() -> None:

@@ -197,3 +197,11 @@ def test_a_moved_run_goes_on(finished_run: Path, tiny_config: Path, cli) -> None
     shutil.copytree(finished_run, "moved")
     fit(tiny_config, "--trainer.default_root_dir", "moved", "--ckpt_path", "last", "--trainer.max_steps", "6")
     assert set(scalars(Path("moved"), "train/loss")) == set(range(6))
+
+
+def test_lightning_s_own_callbacks_can_be_named(tiny_config: Path, cli) -> None:
+    """Timer has an enumeration for a default, which has to come through YAML and back."""
+    Path("x.yaml").write_text("trainer:\n  callbacks:\n  - class_path: Timer\n    init_args: {duration: '00:00:10:00'}\n")
+    assert cli("fit", "--config", str(tiny_config), "--config", "x.yaml", "--trainer.max_steps", "1").code == 0
+    saved = yaml.safe_load(Path("runs/tiny+x/config.yaml").read_text())
+    assert saved["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
