@@ -40,6 +40,7 @@ def custom_scalar_layout() -> Layout:
         },
         "Throughput": {
             "tokens a second": _lines("throughput/tokens_per_second$"),
+            "tokens a second and device": _lines("throughput/tokens_per_second_per_device"),
             "model TFLOP/s a device": _lines("throughput/model_tflops_per_second_per_device"),
             "MFU": _lines("throughput/mfu"),
         },
