@@ -33,18 +33,14 @@ def parity(dtype: torch.dtype, pe_dim: int, model_dim: int = 256) -> dict[str, f
         found[block] = {"output": y, "L_aux": planning.mean(), "dx": leaf.grad} | {
             name: parameter.grad for name, parameter in block.named_parameters() if not name.startswith("projections.")
         }
-    for block, fused in ((off, False), (on, True)):
-        values = found[block]
-        if not fused:
-            values |= {name: parameter.grad for name, parameter in block.projections.named_parameters()}
-            continue
-        dW = block.projections.W_fused.weight.grad.split(block.projections.widths)
-        db = block.projections.W_fused.bias.grad.split(block.projections.widths)
-        W_p, b_p, W_e = off.projections.W_p.weight, off.projections.W_p.bias, off.projections.W_e.weight
-        values |= {f"W_{name}.weight": dW[index] for index, name in enumerate("qkvz")}
-        values |= {f"W_{name}.bias": db[index] for index, name in enumerate("qkvz")}
-        values |= {"W_e.weight": dW[5] @ W_p.T + torch.outer(db[5], b_p), "W_e.bias": db[5]}
-        values |= {"W_p.weight": dW[4] + W_e.T @ dW[5], "W_p.bias": db[4] + W_e.T @ db[5]}
+    found[off] |= {name: parameter.grad for name, parameter in off.projections.named_parameters()}
+    dW = on.projections.W_fused.weight.grad.split(on.projections.widths)
+    db = on.projections.W_fused.bias.grad.split(on.projections.widths)
+    W_p, b_p, W_e = off.projections.W_p.weight, off.projections.W_p.bias, off.projections.W_e.weight
+    found[on] |= {f"W_{name}.weight": dW[index] for index, name in enumerate("qkvz")}
+    found[on] |= {f"W_{name}.bias": db[index] for index, name in enumerate("qkvz")}
+    found[on] |= {"W_e.weight": dW[5] @ W_p.T + torch.outer(db[5], b_p), "W_e.bias": db[5]}
+    found[on] |= {"W_p.weight": dW[4] + W_e.T @ dW[5], "W_p.bias": db[4] + W_e.T @ db[5]}
     return {name: relative_error(found[on][name], expected.double()) for name, expected in found[off].items()}
 
 

@@ -1,8 +1,10 @@
 """The network's configuration: sizes and mechanisms, checked before anything is built. No optimiser, no paths."""
 
 import warnings
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from mmrec.nearest import nearest_name
 
 _HEAD_WIDTH = 128  # the width aimed at where num_heads is not given
 _FFN_MULTIPLE = 256  # feed-forward widths are rounded to this, for the matrix units' tiles
@@ -110,6 +112,15 @@ class MMRecConfig:
     def planning_width(self) -> int:
         """E, with the default filled in."""
         return self.planning_error_dim if self.planning_error_dim is not None else self.model_dim
+
+
+def config_from_fields(owner: str, options: dict[str, Any]) -> MMRecConfig:
+    """MMRecConfig(**options) for `owner`; an unknown option is a TypeError that names the nearest one."""
+    known = [field.name for field in fields(MMRecConfig)]
+    for name in options:
+        if name not in known:
+            raise TypeError(f"{owner} has no option {name!r}; did you mean {nearest_name(name, known)!r}?")
+    return MMRecConfig(**options)
 
 
 def warn_about_lambda_P(lambda_P: float, parameters: int) -> None:

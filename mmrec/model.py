@@ -1,8 +1,6 @@
 """MMRecModel: embedding, blocks, norm, head; loss, state and one-token step."""
 
-import difflib
 import warnings
-from dataclasses import fields as dataclass_fields
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -11,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmrec.blocks.mm_rec_block import MMRecBlock
-from mmrec.config import MMRecConfig, warn_about_lambda_P
+from mmrec.config import MMRecConfig, config_from_fields, warn_about_lambda_P
 from mmrec.core import memory, uboo
 from mmrec.core.cross_entropy import linear_cross_entropy
 from mmrec.core.memory import BlockState
@@ -40,16 +38,6 @@ class LossOutput(NamedTuple):
     diagnostics: dict[str, Tensor]
 
 
-def _config_from_fields(fields: dict[str, Any]) -> MMRecConfig:
-    """MMRecConfig(**fields), an unknown field refused with the nearest that exists."""
-    known = [field.name for field in dataclass_fields(MMRecConfig)]
-    for name in fields:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0)[0]
-            raise TypeError(f"MMRecModel has no option {name!r}; did you mean {nearest!r}?")
-    return MMRecConfig(**fields)
-
-
 class MMRecModel(nn.Module):
     """The MM-Rec language model.
 
@@ -66,7 +54,7 @@ class MMRecModel(nn.Module):
         super().__init__()
         if config is not None and fields:
             raise TypeError("give MMRecModel a config or its fields, not both")
-        config = config if config is not None else _config_from_fields(fields)
+        config = config if config is not None else config_from_fields("MMRecModel", fields)
         self.config = config
         self.lambda_P = config.lambda_P
         self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
@@ -220,8 +208,8 @@ class MMRecModel(nn.Module):
 
     def no_weight_decay_parameters(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone: norms, biases, gains, the gates' time constants."""
-        exempt = ("A_log", "dt_bias", "w_g", "g_r", "g_h")
-        return {name for name, p in self.named_parameters() if p.ndim < 2 or name.rpartition(".")[2] in exempt}
+        gains = ("g_r", "g_h")  # a row a head: the only ones that are no vectors
+        return {name for name, p in self.named_parameters() if p.ndim < 2 or name.rpartition(".")[2] in gains}
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of one training step (forward and backward) a token: MFU's numerator.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mmrec.blocks.hem import FusedProjections, SeparateProjections, fuse, unfuse
 from mmrec.blocks.swiglu import SwiGLU
-from mmrec.config import MMRecConfig
+from mmrec.config import MMRecConfig, config_from_fields
 from mmrec.core import uboo
 from mmrec.core.decay import Float32Parameters, HeadDecay
 from mmrec.core.mdi import MDI
@@ -50,7 +50,7 @@ class MMRecBlock(nn.Module):
 
     def __init__(self, config: MMRecConfig | None = None, **fields: Any) -> None:
         super().__init__()
-        config = config if config is not None else MMRecConfig(**{"num_layers": 1, **fields})
+        config = config if config is not None else config_from_fields("MMRecBlock", {"num_layers": 1, **fields})
         self.config = config
         dim = config.model_dim
         self.norm = nn.RMSNorm(dim, eps=config.norm_eps)

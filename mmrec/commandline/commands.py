@@ -4,8 +4,8 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from mmrec.commandline.nearest import did_you_mean, nearest_name
 from mmrec.commandline.parser import OneLineErrors
+from mmrec.nearest import did_you_mean, nearest_name
 
 
 class Command(NamedTuple):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from mmrec.commandline.nearest import did_you_mean, nearest_name
+from mmrec.nearest import did_you_mean, nearest_name
 
 SUFFIXES = (".yaml", ".yml")
 

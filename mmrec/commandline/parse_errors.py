@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from mmrec.commandline.class_paths import ALLOWED_PACKAGES, imported_class
-from mmrec.commandline.nearest import did_you_mean, nearest_key, nearest_name
+from mmrec.nearest import did_you_mean, nearest_key, nearest_name
 
 _UNKNOWN_KEYS = (
     re.compile(r"Subcommand '[^']+' does not accept option '(?P<key>[^']+)'"),

@@ -45,7 +45,7 @@ def scan_forward(a_TBD: Tensor, x_TBD: Tensor, h0_BD: Tensor) -> Tensor:
     return h_TBD
 
 
-def scan_backward(jacobian_TBD: Tensor, dh_TBD: Tensor, dh_last_BD: Tensor | None) -> Tensor:
+def scan_backward(jacobian_TBD: Tensor, dh_TBD: Tensor, dh_last_BD: Tensor) -> Tensor:
     """The adjoint `g_t = dh_t + J_{t+1} g_{t+1}` of a recurrence with diagonal Jacobian `J_t = ∂h_t/∂h_{t-1}`.
 
     Args:
@@ -58,7 +58,7 @@ def scan_backward(jacobian_TBD: Tensor, dh_TBD: Tensor, dh_last_BD: Tensor | Non
     """
     g_TBD = torch.empty_like(jacobian_TBD)
     last = dh_TBD.shape[0] - 1
-    g_TBD[last] = dh_TBD[last] if dh_last_BD is None else dh_TBD[last] + dh_last_BD
+    g_TBD[last] = dh_TBD[last] + dh_last_BD
     for t in range(last - 1, -1, -1):
         torch.addcmul(dh_TBD[t], jacobian_TBD[t + 1], g_TBD[t + 1], out=g_TBD[t])
     return g_TBD

@@ -102,6 +102,11 @@ def test_bad_sizes_are_refused_in_one_line(fields: dict, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_an_unknown_option_is_refused_with_the_nearest() -> None:
+    with pytest.raises(TypeError, match="MMRecBlock has no option 'num_head'; did you mean 'num_heads'"):
+        block(num_head=2)
+
+
 @pytest.mark.parametrize("orthogonalize", [True, False])
 def test_a_compiled_block_equals_the_eager_one(orthogonalize: bool) -> None:
     one = block(orthogonalize=orthogonalize)

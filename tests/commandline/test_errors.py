@@ -10,9 +10,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.tokenizer import load_tokenizer
 from mmrec.commandline.errors import BadInputError, bad_input_message, one_line_errors
-from mmrec.commandline.nearest import nearest_key, nearest_name
 from mmrec.commandline.parse_errors import one_line
 from mmrec.config import MMRecConfig
+from mmrec.nearest import nearest_key, nearest_name
 
 
 def message_of(action: Callable[[], object]) -> str | None:
