@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mmrec.ops.common import check_scan_inputs, check_shape
 from mmrec.ops.gated_scan.naive import gated_scan_naive
-from mmrec.ops.gated_scan.pytorch import gated_scan_pytorch
+from mmrec.ops.gated_scan.operator import gated_scan_op
 
 __all__ = ["gated_scan", "gated_scan_naive"]
 
@@ -37,5 +37,5 @@ def gated_scan(
         raise ValueError(f"gated_scan: P = {p.shape[-1]} does not divide D = {channels}; choose a divisor")
     if h0 is not None:
         check_shape("gated_scan", "h0", h0, (batch, channels))
-    output: tuple[Tensor, Tensor] = gated_scan_pytorch(z, p, log_gamma, w_g, h0, reset)
+    output: tuple[Tensor, Tensor] = gated_scan_op(z, p, log_gamma, w_g, h0, reset)
     return output

@@ -1,6 +1,6 @@
-"""`gated_scan` in PyTorch with its own backward (derived in README.md): loops only where the recurrence itself is sequential."""
+"""`gated_scan` in PyTorch (derived in README.md): loops only where the recurrence itself is sequential."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,11 @@ def _prepare(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | 
     return _Terms(write_TBD, time_first(z, dtype), log_gamma_TBD.exp(), gate_bias_TBD, w_g.to(dtype), h0_BD, reset_TB1)
 
 
-def _states(terms: _Terms) -> Tensor:
-    """All states, (T, B, D)."""
+def gated_scan_forward(
+    z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`h` (B, T, D) and `h_last` (B, D); see the public function."""
+    terms = _prepare(z, p, log_gamma, w_g, h0, reset)
     write_TBD = terms.write_TBD * terms.z_TBD
     h_TBD = torch.empty_like(write_TBD)
     gate = torch.empty_like(terms.h0_BD)
@@ -42,69 +45,36 @@ def _states(terms: _Terms) -> Tensor:
             previous = previous.masked_fill(terms.reset_TB1[t], 0)
         torch.addcmul(terms.gate_bias_TBD[t], terms.w_g_D, previous, out=gate).sigmoid_().mul_(write_TBD[t])
         previous = torch.addcmul(gate, terms.gamma_TBD[t], previous, out=h_TBD[t])
-    return h_TBD
-
-
-@torch.library.custom_op("mmrec::gated_scan", mutates_args=())
-def gated_scan_pytorch(
-    z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """See the public function."""
-    h_TBD = _states(_prepare(z, p, log_gamma, w_g, h0, reset))
     return batch_first(h_TBD, z.dtype), h_TBD[-1].clone()
 
 
-@gated_scan_pytorch.register_fake
-def _(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, _, channels = z.shape
-    return z.new_empty(z.shape), z.new_empty((batch, channels), dtype=state_dtype(z, p, log_gamma, w_g, h0))
-
-
-@torch.library.custom_op("mmrec::gated_scan_backward", mutates_args=())
-def gated_scan_backward_pytorch(
-    dh: Tensor, dh_last: Tensor, z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
+def gated_scan_gradients(
+    dh: Tensor,
+    dh_last: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    p: Tensor,
+    log_gamma: Tensor,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to `z`, `p`, `log_gamma`, `w_g` and `h0`; the states are computed again rather than kept."""
+    """Gradients to `z`, `p`, `log_gamma`, `w_g` and `h0` from the forward's output `h`, in the state's dtype."""
     terms = _prepare(z, p, log_gamma, w_g, h0, reset)
-    previous_TBD = previous_states(_states(terms), terms.h0_BD, terms.reset_TB1)
+    dtype = terms.write_TBD.dtype
+    previous_TBD = previous_states(time_first(h, dtype), terms.h0_BD, terms.reset_TB1)
     gate_TBD = torch.sigmoid(terms.w_g_D * previous_TBD + terms.gate_bias_TBD)
     slope_TBD = terms.write_TBD * terms.z_TBD * gate_TBD * (1 - gate_TBD)
     jacobian_TBD = terms.gamma_TBD + terms.w_g_D * slope_TBD
     if terms.reset_TB1 is not None:
         jacobian_TBD = jacobian_TBD.masked_fill(terms.reset_TB1, 0)
 
-    g_TBD = scan_backward(jacobian_TBD, time_first(dh, gate_TBD.dtype), dh_last.to(gate_TBD.dtype))
+    dh_last_BD = torch.zeros_like(terms.h0_BD) if dh_last is None else dh_last.to(dtype)
+    g_TBD = scan_backward(jacobian_TBD, time_first(dh, dtype), dh_last_BD)
     dz_TBD = g_TBD * gate_TBD * terms.write_TBD
     dlog_gamma_TBD = g_TBD * terms.gamma_TBD * (previous_TBD - terms.z_TBD * gate_TBD)
     dpre_TBD = g_TBD * slope_TBD
     dp_TBP = dpre_TBD.unflatten(-1, (p.shape[-1], -1)).sum(-1)
     dw_g_D = (dpre_TBD * previous_TBD).sum((0, 1))
-    return (
-        batch_first(dz_TBD, z.dtype),
-        batch_first(dp_TBP, p.dtype),
-        batch_first(dlog_gamma_TBD, log_gamma.dtype),
-        dw_g_D.to(w_g.dtype),
-        jacobian_TBD[0] * g_TBD[0],
-    )
-
-
-@gated_scan_backward_pytorch.register_fake
-def _(
-    dh: Tensor, dh_last: Tensor, z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    batch, _, channels = z.shape
-    dh0 = z.new_empty((batch, channels), dtype=state_dtype(z, p, log_gamma, w_g, h0))
-    return z.new_empty(z.shape), p.new_empty(p.shape), log_gamma.new_empty(log_gamma.shape), w_g.new_empty(w_g.shape), dh0
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, dh: Tensor, dh_last: Tensor) -> tuple[Tensor | None, ...]:
-    z, p, log_gamma, w_g, h0, reset = ctx.saved_tensors
-    dz, dp, dlog_gamma, dw_g, dh0 = gated_scan_backward_pytorch(dh, dh_last, z, p, log_gamma, w_g, h0, reset)
-    return dz, dp, dlog_gamma, dw_g, None if h0 is None else dh0.to(h0.dtype), None
-
-
-gated_scan_pytorch.register_autograd(_backward, setup_context=_setup_context)
+    gradients = (batch_first(dz_TBD, dtype), batch_first(dp_TBP, dtype), batch_first(dlog_gamma_TBD, dtype))
+    return *gradients, dw_g_D, jacobian_TBD[0] * g_TBD[0]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from mmrec.ops.common import check_scan_inputs, check_shape
 from mmrec.ops.linear_scan.naive import linear_scan_naive
-from mmrec.ops.linear_scan.pytorch import linear_scan_pytorch
+from mmrec.ops.linear_scan.operator import linear_scan_op
 
 __all__ = ["linear_scan", "linear_scan_naive"]
 
@@ -28,5 +28,5 @@ def linear_scan(x: Tensor, log_a: Tensor, h0: Tensor | None = None, reset: Tenso
     check_shape("linear_scan", "log_a", log_a, tuple(x.shape))
     if h0 is not None:
         check_shape("linear_scan", "h0", h0, (x.shape[0], x.shape[2]))
-    output: tuple[Tensor, Tensor] = linear_scan_pytorch(x, log_a, h0, reset)
+    output: tuple[Tensor, Tensor] = linear_scan_op(x, log_a, h0, reset)
     return output
