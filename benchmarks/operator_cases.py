@@ -1,0 +1,295 @@
+"""The four operators as the benchmark sees them: inputs to draw, bytes and FLOPs that must be spent, shapes to time, a float64 truth."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrec import ops
+from mmrec.ops.exp_product_scan import exp_product_scan_naive
+from mmrec.ops.gated_scan import gated_scan_naive
+from mmrec.ops.linear_scan import linear_scan_naive
+from mmrec.ops.memory_scan import memory_scan_naive
+
+# Ranges of log-decays. "spread": time constants of 2 … 2048 tokens, log-uniform, as the network starts.
+GATES = {"ordinary": (-3.0, -0.01), "near 0": (-13.8, -8.0), "near 1": (-1e-4, -1e-6), "long": (-1e-3, -1e-6)}
+CHUNK = 64  # tokens of the chunked form that memory_scan's FLOPs are counted for
+SLICE = 16  # channels that are compared with the truth at a timed shape
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of one call. `D` counts all channels: H·K for memory_scan, whose key and value widths are equal; `P` is gated_scan's."""
+
+    B: int
+    T: int
+    D: int
+    H: int | None = None
+    P: int | None = None
+
+    @property
+    def K(self) -> int:
+        """Width of a head."""
+        return self.D // (self.H or 1)
+
+    def __str__(self) -> str:
+        channels = f"H{self.H}×{self.K}" if self.H else f"D{self.D}"
+        return f"B{self.B} T{self.T} {channels}" + (f" P{self.P}" if self.P else "")
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator.
+
+    Attributes:
+        op: what is measured, the public function.
+        exact: the same function, called with float64 inputs only: the PyTorch form, which the truth is taken from.
+        naive: the plain loop, which the truth is itself compared with.
+        sequence: inputs with a time dimension, in the order of the signature.
+        gate: the one of them that holds log-decays.
+        constant: inputs without batch and time.
+        state: name of the initial state.
+        backward_reads: inputs, and "output" for the forward's first output, that the backward mathematically needs.
+    """
+
+    name: str
+    op: Callable[..., tuple[Tensor, Tensor]]
+    exact: Callable[..., tuple[Tensor, Tensor]]
+    naive: Callable[..., tuple[Tensor, Tensor]]
+    sequence: tuple[str, ...]
+    gate: str
+    state: str
+    backward_reads: tuple[str, ...]
+    constant: tuple[str, ...] = ()
+    has_reset: bool = True
+
+
+OPERATORS = {
+    operator.name: operator
+    for operator in (
+        Operator(
+            "linear_scan", ops.linear_scan, ops.linear_scan, linear_scan_naive, ("x", "log_a"), "log_a", "h0",
+            ("log_a", "output", "h0", "reset"),
+        ),
+        Operator(
+            "gated_scan", ops.gated_scan, ops.gated_scan, gated_scan_naive, ("z", "p", "log_gamma"), "log_gamma", "h0",
+            ("z", "p", "log_gamma", "w_g", "output", "h0", "reset"), constant=("w_g",),
+        ),
+        Operator(
+            "exp_product_scan", ops.exp_product_scan, ops.exp_product_scan, exp_product_scan_naive, ("log_gamma",), "log_gamma", "y0",
+            ("output", "y0"), has_reset=False,
+        ),
+        Operator(
+            "memory_scan", ops.memory_scan, ops.memory_scan, memory_scan_naive, ("q", "k", "v", "log_alpha"), "log_alpha", "M0",
+            ("q", "k", "v", "log_alpha", "M0", "reset"),
+        ),
+    )
+}  # fmt: skip
+
+
+def tail_shape(operator: Operator, name: str, shape: Shape) -> tuple[int, ...]:
+    """An input's dimensions after batch and time (all of them for a constant, those after batch for the state)."""
+    if operator.name == "memory_scan":
+        heads = shape.H or 1
+        return (heads,) if name == "log_alpha" else (heads, shape.K, shape.K) if name == "M0" else (heads, shape.K)
+    return (shape.P or shape.D,) if name == "p" else (shape.D,)
+
+
+def log_decays(size: Sequence[int], gates: str, device: torch.device) -> Tensor:
+    """Random log-decays in fp32, of a range of GATES or "spread"."""
+    uniform = torch.rand(size, device=device)
+    if gates == "spread":
+        return -torch.exp(-(uniform * 10 + 1) * 0.6931472)  # −1/τ, τ = 2^1 … 2^11
+    low, high = GATES[gates]
+    return low + (high - low) * uniform
+
+
+def draw(
+    operator: Operator,
+    shape: Shape,
+    dtype: torch.dtype,
+    gate_dtype: torch.dtype,
+    device: torch.device,
+    gates: str = "spread",
+    *,
+    state: bool = False,
+    reset: bool = False,
+    strided: bool = False,
+    slope: float | None = None,
+) -> dict[str, Any]:
+    """Fresh random inputs, by the names of the operator's signature.
+
+    Args:
+        state: with an initial state, fp32.
+        reset: with document starts, one token in ten.
+        strided: sequence inputs of one dtype are slices of one buffer, as the network's are of its fused projection.
+        slope: for gated_scan, the largest |z·w_g|/4, with the sign of z·w_g; None draws w_g with a standard deviation of 0.5.
+    """
+    sizes = {name: (shape.B, shape.T, *tail_shape(operator, name, shape)) for name in operator.sequence}
+    inputs: dict[str, Any] = {}
+    for name, size in sizes.items():
+        if name == operator.gate:
+            inputs[name] = log_decays(size, gates, device).to(gate_dtype)
+        else:
+            inputs[name] = torch.randn(size, device=device, dtype=dtype)
+            if name in ("q", "k"):  # the network normalises them; products of a wide head would overflow fp16
+                inputs[name] *= shape.K**-0.5
+    for name in operator.constant:
+        inputs[name] = 0.5 * torch.randn(tail_shape(operator, name, shape), device=device)
+    if slope is not None:
+        sign = torch.randn(shape.D, device=device).sign()
+        inputs["z"] = (sign * (0.5 + 0.5 * torch.rand(sizes["z"], device=device))).to(dtype)
+        inputs["w_g"] = 4 * slope * sign
+    if strided:
+        inputs |= _sliced({name: inputs[name] for name in operator.sequence})
+    if state:
+        inputs[operator.state] = torch.randn((shape.B, *tail_shape(operator, operator.state, shape)), device=device)
+    if reset and operator.has_reset:
+        inputs["reset"] = torch.rand(shape.B, shape.T, device=device) < 0.1
+    return inputs
+
+
+def _sliced(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same values as views into one buffer a dtype, with NaN columns around them."""
+    views = {}
+    for dtype in {tensor.dtype for tensor in tensors.values()}:
+        group = {name: tensor.flatten(2) for name, tensor in tensors.items() if tensor.dtype == dtype}
+        first = next(iter(group.values()))
+        pad = first.new_full((*first.shape[:2], 8), float("nan"))
+        buffer = torch.cat([part for flat in group.values() for part in (pad, flat)] + [pad], dim=-1)
+        start = 0
+        for name, flat in group.items():
+            start += 8
+            views[name] = buffer[..., start : start + flat.shape[-1]].unflatten(-1, tensors[name].shape[2:])
+            start += flat.shape[-1]
+    return views
+
+
+def run(
+    function: Callable[..., tuple[Tensor, Tensor]], inputs: dict[str, Any], cotangents: Sequence[Tensor | None], options: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Both outputs, and the gradients to all inputs for the given cotangents of the outputs (None: the output is not used)."""
+    leaves = {name: t.detach().requires_grad_() for name, t in inputs.items() if t.is_floating_point()}
+    outputs = function(**(inputs | leaves), **options)
+    used = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if cotangent is not None]
+    gradients = torch.autograd.grad([o for o, _ in used], list(leaves.values()), [c for _, c in used], allow_unused=True)
+    found = {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), gradients, strict=True)}
+    return [output.detach() for output in outputs], found
+
+
+def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same values, widened."""
+    return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+
+
+def channel_slice(operator: Operator, shape: Shape, first: int) -> tuple[dict[str, Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
+    """Some neighbouring channels (a head for memory_scan) of every input and of the output: there an operator is independent of the rest.
+
+    Args:
+        first: the first group of channels, counted in groups of SLICE channels, in heads for memory_scan.
+
+    Returns:
+        What cuts each input (and its gradient), by name, and what cuts the first output.
+    """
+    if operator.name == "memory_scan":
+        per_token = lambda t: t[:, :, first : first + 1]  # noqa: E731
+        return dict.fromkeys(operator.sequence, per_token) | {"M0": lambda t: t[:, first : first + 1]}, per_token
+    group = shape.D // (shape.P or shape.D)
+    width = min(shape.D, max(SLICE, group))
+    begin = first * width
+    channels = lambda t: t[..., begin : begin + width]  # noqa: E731
+    cuts = dict.fromkeys((*operator.sequence, *operator.constant, operator.state), channels)
+    return cuts | {"p": lambda t: t[..., begin // group : (begin + width) // group]}, channels
+
+
+def slices(operator: Operator, shape: Shape) -> int:
+    """How many values `first` of `channel_slice` has."""
+    if operator.name == "memory_scan":
+        return shape.H or 1
+    return max(1, shape.D // max(SLICE, shape.D // (shape.P or shape.D)))
+
+
+def moved_bytes(operator: Operator, inputs: dict[str, Tensor], outputs: Sequence[Tensor], direction: str) -> int:
+    """The fewest bytes a direction moves through device memory, for the tensors actually passed, each at its own dtype and width.
+
+    Forward: every input read once, every output (the last state too) written once. Forward+backward adds the cotangent of the first
+    output and what the backward needs (`backward_reads`), each read once, and a gradient a floating-point input, written once. With
+    bf16 values and fp32 gates, per element: linear_scan 2+4+2 = 8 and 8 + (2 + 4+2 + 2+4) = 22; gated_scan with P = D 2+2+4+2 = 10 and
+    10 + (2 + 2+2+4+2 + 2+2+4) = 30; exp_product_scan in fp32 8 and 8 + (4 + 4 + 4) = 20.
+    """
+    moved = sum(t.nbytes for t in inputs.values()) + sum(t.nbytes for t in outputs)
+    if direction == "fwd":
+        return moved
+    read = sum((inputs | {"output": outputs[0]})[name].nbytes for name in operator.backward_reads if name in inputs or name == "output")
+    return moved + outputs[0].nbytes + read + sum(t.nbytes for t in inputs.values() if t.is_floating_point())
+
+
+def flops(operator: Operator, shape: Shape, direction: str) -> int:
+    """Floating-point operations of the matrix products; 0 for the elementwise operators, which are bound by bytes.
+
+    memory_scan in chunks of C = 64 tokens, of which a token sees (C+1)/2 on average: q·k and the product with v within the chunk,
+    2·K·V for q·M and 2·K·V for k vᵀ a token and head. The backward has five products of either kind: the scores again, dP, dq, dk, dv;
+    the states again, dM, and across chunks dq, dk, dv.
+    """
+    if operator.name != "memory_scan":
+        return 0
+    chunk = min(CHUNK, shape.T)
+    within, across = (chunk + 1) * shape.K, 2 * shape.K * shape.K
+    products = 2 if direction == "fwd" else 2 + 5
+    return shape.B * shape.T * (shape.H or 1) * products * (within + across)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One thing to time: an operator at a shape, in the given dtypes, in both directions unless said otherwise."""
+
+    operator: str
+    shape: Shape
+    dtype: torch.dtype = torch.bfloat16
+    gate_dtype: torch.dtype = torch.float32
+    directions: tuple[str, ...] = ("fwd", "fwdbwd")
+    state: bool = False
+    accum: torch.dtype | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments beside the tensors."""
+        return {} if self.accum is None else {"accum_dtype": self.accum}
+
+
+def timings(quick: bool, device: torch.device) -> list[Timing]:
+    """What the benchmark times; with `quick` one shape an operator, tiny ones on a CPU."""
+    bf16, fp32, fp64 = torch.bfloat16, torch.float32, torch.float64
+    if device.type == "cpu":
+        shape, heads = Shape(2, 40, 32), Shape(2, 70, 16, H=2)
+        return [
+            Timing("linear_scan", shape),
+            Timing("gated_scan", dataclasses.replace(shape, P=8)),
+            Timing("exp_product_scan", shape, fp32, accum=fp64),
+            Timing("memory_scan", heads),
+        ]
+    whole, long = Shape(4, 2048, 4096), Shape(1, 32768, 4096)
+    found = [Timing("linear_scan", shape, gate_dtype=gate) for gate in (fp32, bf16) for shape in (whole, long, Shape(8, 2048, 768))]
+    found += [Timing("gated_scan", dataclasses.replace(shape, P=shape.D)) for shape in (whole, long)]
+    found += [Timing("gated_scan", Shape(1, 32768, 1024, P=1024)), Timing("gated_scan", Shape(1, 131072, 512, P=512))]
+    found += [
+        Timing("gated_scan", dataclasses.replace(whole, P=512)),
+        Timing("gated_scan", dataclasses.replace(whole, P=4096), gate_dtype=bf16),
+    ]
+    found += [Timing("exp_product_scan", Shape(1, 131072, 4096), fp32, accum=accum) for accum in (fp32, fp64)]
+    found += [Timing("exp_product_scan", whole, fp32, accum=accum) for accum in (fp32, fp64)]
+    found += [Timing("exp_product_scan", whole, bf16, bf16, accum=fp32)]
+    found += [Timing("memory_scan", Shape(4, 2048, 4096, H=heads)) for heads in (32, 8, 16, 64)]
+    found += [Timing("memory_scan", Shape(b, t, 4096, H=32)) for b, t in ((1, 8192), (4, 8192), (1, 32768))]
+    found += [Timing("memory_scan", Shape(8, 1, 4096, H=32), directions=("fwd",), state=True)]
+    if quick:
+        return [next(timing for timing in found if timing.operator == name) for name in OPERATORS]
+    return found

@@ -1,0 +1,111 @@
+"""Clocks for the operators' benchmark: medians, the device's own copy and matrix-product rates, and where they were measured."""
+
+import importlib.metadata
+import itertools
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from typing import Any
+
+import torch
+
+SLOW = 500.0  # ms; a call above is timed by hand: do_bench would repeat it ten times before its first figure
+CPU_REPEATS = 5
+
+
+def device() -> torch.device:
+    """The current CUDA device, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name(where: torch.device) -> str:
+    """The vendor's name of it."""
+    if where.type == "cuda":
+        return torch.cuda.get_device_name(where)
+    with open("/proc/cpuinfo") as file:
+        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.processor() or "CPU")
+
+
+def short_name(name: str) -> str:
+    """A GPU's name for a file: `h100` for `NVIDIA H100 80GB HBM3`, the whole name in small letters where nothing looks like a model."""
+    model = re.search(r"\b[A-Z]{1,3}\d{2,4}\w*\b", name)
+    return (model.group() if model else re.sub(r"\W+", "_", name).strip("_")).lower()
+
+
+def machine(where: torch.device) -> dict[str, Any]:
+    """What every row carries of the place and the day it was measured on."""
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # it exists on Linux alone
+        triton = None
+    return {"torch": torch.__version__, "triton": triton, "gpu": device_name(where), "date": date.today().isoformat()}
+
+
+def synchronize(where: torch.device) -> None:
+    """Wait for the device."""
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def once(function: Callable[[], Any], where: torch.device) -> float:
+    """Milliseconds of one call by the wall clock, the device waited for."""
+    synchronize(where)
+    begin = time.perf_counter()
+    function()
+    synchronize(where)
+    return (time.perf_counter() - begin) * 1e3
+
+
+def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int = 100) -> float:
+    """Median milliseconds of a call, compiled and warmed up before.
+
+    Args:
+        function: what to time; its results are thrown away.
+        where: CUDA is timed by `do_bench` with events, the CPU by the wall clock.
+        repeat_ms: how long to measure, in milliseconds; calls above a tenth of it are repeated ten times at least.
+    """
+    function()  # compiles
+    if where.type == "cpu":
+        return statistics.median(once(function, where) for _ in range(CPU_REPEATS))
+    single = once(function, where)
+    if single > SLOW:
+        return statistics.median([single, once(function, where), once(function, where)])
+    from triton.testing import do_bench
+
+    # It clears the L2 cache before each call by writing a buffer larger than it.
+    return float(do_bench(function, warmup=25, rep=max(repeat_ms, int(10 * single)), return_mode="median"))
+
+
+def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+    """One function that calls the given ones in turn, a different one each time."""
+    turn = itertools.cycle(functions)
+    return lambda: next(turn)()
+
+
+def input_sets(moved: int, where: torch.device) -> int:
+    """How many sets of inputs to rotate among so that none is found in the cache: one where a row's tensors exceed it anyway.
+
+    do_bench clears the cache as well, but not during its warm-up, and a write-back cache may keep part of what it was cleared with;
+    with several sets the figure does not hang on that.
+    """
+    if where.type == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(where).L2_cache_size
+    return 1 if moved > cache else min(8, -(-2 * cache // max(moved, 1)))
+
+
+def copy_rate(where: torch.device) -> float:
+    """Terabytes a second of a device-to-device copy, read and write counted: 1 GiB of random bf16 (16 MiB on a CPU)."""
+    source = torch.randn(2**23 if where.type == "cpu" else 2**29, device=where, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / median_ms(lambda: target.copy_(source), where) / 1e9
+
+
+def product_rate(where: torch.device) -> float:
+    """Teraflops a second of an 8192³ bf16 matrix product of random data (512³ fp32 on a CPU)."""
+    size, dtype = (512, torch.float32) if where.type == "cpu" else (8192, torch.bfloat16)
+    a, b = (torch.randn(size, size, device=where, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b, where) / 1e9
