@@ -1,11 +1,14 @@
 """Launchers of `gated_scan`'s kernels: which kernel, with which tiles, on which strides."""
 
+from typing import Any
+
 import torch
 import triton
 from torch import Tensor
 
 from mmrec.ops.gated_scan.kernels_backward import backward_kernel
 from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
+from mmrec.ops.gated_scan.kernels_newton import newton_kernel
 from mmrec.ops.registration import INTERPRETED
 from mmrec.ops.tuning import launch_options
 
@@ -20,21 +23,50 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D), contiguous in the dtype of `z`, and `h_last` (B, D) fp32."""
     batch, time, channels = z.shape
-    h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
-    h_last = torch.empty((batch, channels), dtype=torch.float32, device=z.device)
+    choice = launch_options("gated_scan.newton", "choice", z.device)
+    if time >= choice["min_time"] and batch * channels <= choice["max_channels"]:
+        h, h_last, _ = newton_scan(z, p, log_gamma, w_g, h0, reset)
+        return h, h_last
+    h, h_last = _outputs(z)
     options = launch_options("gated_scan.forward", scan_class(batch, channels), z.device)
-    group = channels // p.shape[-1]
-    sequential_kernel[(triton.cdiv(channels, options["BD"]), batch)](
-        z,
-        p,
-        log_gamma,
-        w_g,
-        h0,
-        reset,
-        h,
-        h_last,
-        time,
-        channels,
+    grid = (triton.cdiv(channels, options["BD"]), batch)
+    tensors, numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
+    sequential_kernel[grid](*tensors, h, h_last, *numbers, **flags, **options)
+    return h, h_last
+
+
+def newton_scan(
+    z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None = None, reset: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The time-parallel forward, whatever the shape.
+
+    Returns:
+        `h`, `h_last`, and how it went: int32 (programs, 2), the tiles a program had to run token by token and the Newton iterations of
+        all its tiles.
+    """
+    batch, _, channels = z.shape
+    h, h_last = _outputs(z)
+    options = launch_options("gated_scan.newton", "few", z.device)
+    grid = (triton.cdiv(channels, options["BD"]), batch)
+    counts = torch.empty((grid[0] * grid[1], 2), dtype=torch.int32, device=z.device)
+    tensors, numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
+    newton_kernel[grid](*tensors, h, h_last, counts, *numbers, **flags, **options)
+    return h, h_last, counts
+
+
+def _outputs(z: Tensor) -> tuple[Tensor, Tensor]:
+    h = torch.empty(z.shape, dtype=z.dtype, device=z.device)
+    return h, torch.empty((z.shape[0], z.shape[2]), dtype=torch.float32, device=z.device)
+
+
+def _forward_arguments(
+    z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
+) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, bool]]:
+    """What both forward kernels take: tensors, sizes and strides, flags."""
+    group = z.shape[2] // p.shape[-1]
+    numbers = (
+        z.shape[1],
+        z.shape[2],
         group,
         *z.stride(),
         *p.stride(),
@@ -42,13 +74,9 @@ def launch_forward(
         w_g.stride(0),
         *((0, 0) if h0 is None else h0.stride()),
         *((0, 0) if reset is None else reset.stride()),
-        GROUPED=group > 1,
-        HAS_H0=h0 is not None,
-        HAS_RESET=reset is not None,
-        INTERPRETED=INTERPRETED,
-        **options,
     )
-    return h, h_last
+    flags = {"GROUPED": group > 1, "HAS_H0": h0 is not None, "HAS_RESET": reset is not None, "INTERPRETED": INTERPRETED}
+    return (z, p, log_gamma, w_g, h0, reset), numbers, flags
 
 
 def launch_backward(
