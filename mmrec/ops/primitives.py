@@ -55,3 +55,22 @@ def last_group(x_RD, R: tl.constexpr):
     """Row R − 1 as [BD]: the state that leaves a tile."""
     is_last = tl.arange(0, R) == R - 1
     return tl.sum(tl.where(is_last[:, None], x_RD, 0), axis=0)
+
+
+@triton.jit
+def load_starts(reset_ptr, stride_T, first_row, T, R: tl.constexpr, G: tl.constexpr, REVERSED: tl.constexpr):
+    """The reset mask of a tile, [R, G], nothing past the last row. Single bytes cannot be copied asynchronously: load a tile ahead.
+
+    Args:
+        reset_ptr: the sequence's (T,) mask.
+        first_row: the tile's first row; with REVERSED row 0 is token T − 1.
+    """
+    row = first_row + tl.arange(0, R)[:, None] * G + tl.arange(0, G)[None, :]
+    token = T - 1 - row if REVERSED else row
+    return tl.load(reset_ptr + token.to(tl.int64) * stride_T, mask=row < T, other=0)
+
+
+@triton.jit
+def starts_as_bits(starts_RG, G: tl.constexpr):
+    """The same as [R, 1] integers, bit j for the group's j-th row: what fits the registers of a tile's tensors [R, BD]."""
+    return tl.sum((starts_RG != 0).to(tl.int32) << tl.arange(0, G)[None, :], axis=1)[:, None]
