@@ -1,0 +1,249 @@
+"""Find the tile sizes of the operators' kernels on this machine and write them into mmrec/ops/tables/<architecture>.json.
+
+`python benchmarks/tune_operators.py` takes the candidates of tuning_candidates.json, kernel by kernel and shape class by shape class:
+compiles them all in parallel, checks each against float64 (a short odd length with document starts and a state; some channels at the
+timed size) and, whole, against the first one, and times the pass it is used in. What does not compile, launch or agree is named and
+left out. Kernels whose options choose between kernels (no `num_warps` among them) come last, with the best of all others in place.
+`--output DIR` writes the table there too, with all timings.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from operator_cases import Timing, moved_bytes
+from operator_timing import device, machine, median_ms, short_name
+from processes import Failure, guarded, map_in_processes, reason_of
+from tuning_shapes import Kernels, Key, Options, Prepared, compile_one, rows_read, tuned_shapes, using
+
+from mmrec.files import write_atomically
+from mmrec.ops import tuning
+
+CANDIDATES = Path(__file__).parent / "tuning_candidates.json"
+TABLES = Path(tuning.__file__).parent / "tables"
+KEEP = 0.99  # the table's present options stay unless others take less than this share of their time
+
+
+@dataclass
+class Result:
+    """One candidate of one row of the table."""
+
+    options: Options
+    ms: dict[str, float] = field(default_factory=dict)  # by shape, of the passes the kernel is used in
+    score: float = math.inf
+    compile_seconds: float | None = None
+    failure: str | None = None
+
+
+@dataclass
+class Row:
+    """A row of the table to be tuned: where it is reached, and its candidates.
+
+    Attributes:
+        context: options of other kernels under which this one runs at all.
+        reached: indices of timed shapes, with the passes that launch the kernel.
+    """
+
+    key: Key
+    context: dict[str, Options]
+    reached: dict[int, list[str]]
+    results: list[Result]
+
+    @property
+    def is_plan(self) -> bool:
+        """Whether its options choose between kernels rather than compile one."""
+        return not any("num_warps" in result.options for result in self.results)
+
+
+def workers(shapes: Sequence[Timing]) -> int:
+    """How many processes may run the largest shape side by side; 0, this process, where there is no GPU."""
+    if device().type == "cpu":
+        return 0
+    largest = 40 * max(t.shape.B * t.shape.T * t.shape.D for t in shapes) + 2**30  # bytes: inputs, outputs, gradients; CUDA's own
+    return max(1, min(16, os.cpu_count() or 1, int(0.9 * torch.cuda.mem_get_info()[0] / largest)))
+
+
+def reach(shapes: Sequence[Timing], kernels: Kernels, forced: dict[str, Options]) -> dict[Key, dict[int, list[str]]]:
+    """Which rows of the table are read, by which of the shapes and in which pass."""
+    found: dict[Key, dict[int, list[str]]] = {}
+    answers = map_in_processes(rows_read, [(timing, kernels, forced) for timing in shapes], workers(shapes), seconds=120)
+    for index, (timing, answer) in enumerate(zip(shapes, answers, strict=True)):
+        if isinstance(answer, Failure):
+            print(f"cannot run {timing.operator} {timing.shape} with {forced}: {answer.reason}", flush=True)
+            continue
+        for name, keys in answer.items():
+            for key in keys:
+                found.setdefault(key, {}).setdefault(index, []).append(name)
+    return found
+
+
+def rows_to_tune(candidates: dict[str, dict[str, list[Options]]], shapes: Sequence[Timing], kernels: Kernels) -> list[Row]:
+    """Rows in the order of tuning; a row that only another plan reaches is tuned under the first such plan."""
+    wanted = {(kernel, name): options for kernel, rows in candidates.items() for name, options in rows.items()}
+    contexts: list[dict[str, Options]] = [{}]
+    for (kernel, _), choices in wanted.items():
+        if not any("num_warps" in options for options in choices):
+            contexts += [{kernel: options} for options in choices if {kernel: options} not in contexts]
+    found: dict[Key, Row] = {}
+    for context in contexts:
+        missing = {kernel.partition(".")[0] for kernel, name in wanted if (kernel, name) not in found}
+        operators = {kernel.partition(".")[0] for kernel in context} or missing
+        part = [index for index, timing in enumerate(shapes) if timing.operator in operators & missing]
+        for key, places in (reach([shapes[index] for index in part], kernels, context) if part else {}).items():
+            if key in wanted and key not in found:
+                present = kernels[key[0]][key[1]]
+                results = [Result(options) for options in [present, *(o for o in wanted[key] if o != present)]]
+                found[key] = Row(key, context, {part[index]: passes for index, passes in places.items()}, results)
+    for kernel, name in wanted:
+        if (kernel, name) not in found:
+            print(f"not tuned: no timed shape reaches {kernel} {name}", flush=True)
+    return sorted(found.values(), key=lambda row: (row.is_plan, row.key))
+
+
+def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline: float) -> None:
+    """Check and time all candidates of a row; the three best twice."""
+    kernel = row.key[0]
+
+    def measure(result: Result, check: bool) -> None:
+        scores = []
+        for index, passes in row.reached.items():
+            shape = prepared[index]
+            with using(kernels, row.context | {kernel: result.options}):
+                if check:
+                    shape.check()
+                calls = shape.passes()
+                ms = sum(median_ms(calls[name], device(), repeat_ms=40) for name in passes)
+            label = f"{shape.timing.shape}"
+            result.ms[label] = min(ms, result.ms.get(label, math.inf))
+            floor = moved_bytes(shape.operator, shape.inputs, [shape.cotangent], "fwd")  # only a weight: shapes count alike
+            scores.append(math.log(result.ms[label] / floor))
+        result.score = math.exp(sum(scores) / len(scores))
+
+    for result in row.results:
+        if result.failure is None and time.monotonic() > deadline:
+            result.failure = "not measured: the time was spent"
+        if result.failure is None:
+            failure = guarded(lambda r: measure(r, check=True), result)
+            result.failure = failure.reason if isinstance(failure, Failure) else None
+    good = sorted((r for r in row.results if r.failure is None), key=lambda r: r.score)
+    for result in good[:3]:
+        guarded(lambda r: measure(r, check=False), result)
+
+
+def choose(row: Row) -> Result | None:
+    """The fastest, or the present options where nothing beats them clearly; None where nothing ran."""
+    good = sorted((r for r in row.results if r.failure is None), key=lambda r: r.score)
+    if not good:
+        return None
+    present = row.results[0]
+    return present if present.failure is None and good[0].score > KEEP * present.score else good[0]
+
+
+def report(row: Row, chosen: Result | None) -> None:
+    """The three best of a row, and who failed."""
+    print(f"{' '.join(row.key)}" + (f", with {row.context}" if row.context else ""), flush=True)
+    good = sorted((r for r in row.results if r.failure is None), key=lambda r: r.score)
+    for result in good[:3] + [r for r in row.results[:1] if r in good[3:]]:
+        marks = (" present" if result is row.results[0] else "") + (" CHOSEN" if result is chosen else "")
+        print("  " + ", ".join(f"{shape} {ms:.4f} ms" for shape, ms in result.ms.items()), json.dumps(result.options) + marks)
+    for result in row.results:
+        if result.failure:
+            print(f"  FAILED {json.dumps(result.options)}: {result.failure}", flush=True)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--only", help="operators or kernels, separated by commas: linear_scan,gated_scan.backward")
+    parser.add_argument("--candidates", type=Path, default=CANDIDATES, help="JSON: kernel → shape class → list of options")
+    parser.add_argument("--output", type=Path, help="a folder for the table and all timings")
+    parser.add_argument("--seconds", type=float, default=280, help="what is not measured by then is left out")
+    parser.add_argument("--quick", action="store_true", help="one shape an operator; tiny under the interpreter, which writes no table")
+    options = parser.parse_args(arguments)
+    if device().type == "cpu" and not (options.quick and options.output):
+        parser.error("no CUDA device; --quick with --output tries the script through Triton's interpreter (TRITON_INTERPRET=1)")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Tune, print, write.
+
+    Args:
+        arguments: what follows the program's name; None: `sys.argv`.
+
+    Returns:
+        The exit code: 1 where a row has no working candidate.
+    """
+    options = parse(arguments)
+    begin, where = time.monotonic(), device()
+    wanted = json.loads(options.candidates.read_text(encoding="utf-8"))
+    if options.only:
+        names = options.only.split(",")
+        wanted = {kernel: rows for kernel, rows in wanted.items() if kernel in names or kernel.partition(".")[0] in names}
+    place = machine(where)
+    name = "sm{}{}".format(*torch.cuda.get_device_capability(where)) if where.type == "cuda" else "sm90"
+    kernels: Kernels = json.loads(json.dumps(tuning.read_table(tuning.architecture(where.index))["kernels"]))
+    shapes = [t for t in tuned_shapes(options.quick) if t.operator in {kernel.partition(".")[0] for kernel in wanted}]
+    rows = rows_to_tune(wanted, shapes, kernels)
+    total = sum(len(row.results) for row in rows)
+    print(f"{place['gpu']}: {total} candidates of {len(rows)} rows, {time.monotonic() - begin:.0f} s", flush=True)
+
+    jobs = [(row, result, index) for row in rows for result in row.results for index in row.reached]
+    work = [(shapes[index], kernels, row.context | {row.key[0]: result.options}) for row, result, index in jobs]
+    # Side by side in all cores: what takes long is the compiler, and it writes into one cache.
+    answers = map_in_processes(compile_one, work, workers(shapes), seconds=90)
+    for (_, result, _), answer in zip(jobs, answers, strict=True):
+        if isinstance(answer, Failure):
+            result.failure = answer.reason
+        else:
+            result.compile_seconds = max(answer, result.compile_seconds or 0.0)
+    print(f"compiled, {time.monotonic() - begin:.0f} s", flush=True)
+
+    prepared: dict[int, Prepared] = {}
+    complete = True
+    for row in rows:
+        for index in [i for i in prepared if i not in row.reached]:
+            del prepared[index]  # their tensors fill the memory
+        try:
+            with using(kernels, row.context):
+                for index in row.reached:
+                    prepared.setdefault(index, Prepared(shapes[index]))
+            time_row(row, prepared, kernels, begin + options.seconds)
+        except Exception as error:
+            print(f"FAILED {' '.join(row.key)}: {reason_of(error)}", flush=True)
+        chosen = choose(row)
+        complete &= chosen is not None
+        if chosen is not None:
+            kernels[row.key[0]][row.key[1]] = chosen.options
+        report(row, chosen)
+
+    table = tuning.read_table(tuning.architecture(where.index))
+    command = "python benchmarks/tune_operators.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    table = table | {
+        "machine": place["gpu"],
+        **{k: place[k] for k in ("torch", "triton", "date")},
+        "command": command.strip(),
+        "kernels": kernels,
+    }
+    content = (json.dumps(table, indent=1) + "\n").encode()
+    if where.type == "cuda":
+        write_atomically(TABLES / f"{name}.json", content)
+    if options.output:
+        write_atomically(options.output / f"{name}.json", content)
+        every = [{"kernel": r.key[0], "class": r.key[1], "context": r.context, **vars(c), "score": c.score if c.failure is None else None}
+                 for r in rows for c in r.results]  # fmt: skip
+        full = {**place, "command": command.strip(), "candidates": every}
+        write_atomically(options.output / f"tuning_{short_name(place['gpu'])}.json", (json.dumps(full, indent=1) + "\n").encode())
+    print(f"{total} candidates, {time.monotonic() - begin:.0f} s")
+    return 0 if complete else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

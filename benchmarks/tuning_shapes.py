@@ -1,0 +1,175 @@
+"""What tuning an operator takes: another table for its launches, shapes to time, and checks of what they compute."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from operator_cases import OPERATORS, Shape, Timing, channel_slice, draw, in_float64, run, timings
+from operator_parity import LIMIT, LONG_LOOP, poisoned, relative
+from operator_timing import device
+from torch import Tensor
+
+from mmrec.ops import tuning
+
+Key = tuple[str, str]  # kernel, shape class
+Options = dict[str, Any]
+Kernels = dict[str, dict[str, Options]]
+
+
+class Recording(dict[str, Options]):
+    """A kernel's rows of the table; notes which shape class was asked for, and answers any class with the options forced on it."""
+
+    def __init__(self, kernel: str, rows: dict[str, Options], forced: Options | None, used: set[Key]) -> None:
+        super().__init__(rows)
+        self.kernel, self.forced, self.used = kernel, forced, used
+
+    def __getitem__(self, shape_class: str) -> Options:
+        self.used.add((self.kernel, shape_class))
+        return super().__getitem__(shape_class) if self.forced is None else self.forced
+
+
+@contextmanager
+def using(kernels: Kernels, forced: dict[str, Options] | None = None) -> Iterator[set[Key]]:
+    """Launch with this table, and `forced` options by kernel; yields the rows that were read."""
+    used: set[Key] = set()
+    table = {"kernels": {name: Recording(name, rows, (forced or {}).get(name), used) for name, rows in kernels.items()}}
+    with patch.object(tuning, "read_table", lambda name: table):
+        yield used
+
+
+def tuned_shapes(quick: bool) -> list[Timing]:
+    """What is timed: the benchmark's shapes, where they fit sixteen times into the memory, and what reaches the remaining rows."""
+    bf16, fp32 = torch.bfloat16, torch.float32
+    found = [t for t in timings(quick, device()) if t.shape.B * t.shape.T * t.shape.D <= 2**27 and t.gate_dtype == fp32]
+    if quick:
+        return found
+    accums = (torch.float32, torch.float64)
+    found += [Timing("exp_product_scan", Shape(1, 131072, 1024), fp32, accum=accum) for accum in accums]
+    heads = [(8, 2048, 32, 64), (1, 8192, 32, 64), (1, 8192, 16, 256), (8, 2048, 16, 256), (8, 2048, 8, 512)]
+    found += [Timing("memory_scan", Shape(b, t, h * k, H=h), bf16) for b, t, h, k in heads]
+    found += [
+        Timing("memory_scan", Shape(8, 1, h * k, H=h), bf16, directions=("fwd",), state=True) for h, k in ((64, 64), (16, 256), (8, 512))
+    ]
+    found += [Timing("memory_scan", Shape(2, 2048, 1024, H=8), fp32)]
+    return found
+
+
+class Prepared:
+    """A timed shape: its inputs, the two passes, and what their results must be."""
+
+    def __init__(self, timing: Timing) -> None:
+        self.timing, self.operator = timing, OPERATORS[timing.operator]
+        torch.manual_seed(0)
+        self.inputs = self._draw(timing.shape, timing.state)
+        with torch.no_grad():
+            self.cotangent = torch.randn_like(self.operator.op(**self.inputs, **timing.options)[0])
+        # Few tokens, an odd number; channels as before, which keeps what the compiled kernel was specialised for.
+        self.small = self._draw(replace(timing.shape, B=2, T=min(333, timing.shape.T)), True, reset=True)
+        self.first: list[Tensor] | None = None
+        self._small_truth: list[Tensor] | None = None
+        self._truth: list[Tensor] | None = None
+
+    def _draw(self, shape: Shape, state: bool, reset: bool = False) -> dict[str, Any]:
+        return draw(self.operator, shape, self.timing.dtype, self.timing.gate_dtype, device(), state=state, reset=reset)
+
+    @property
+    def has_backward(self) -> bool:
+        """A decoding step is timed forward only."""
+        return "fwdbwd" in self.timing.directions
+
+    def passes(self) -> dict[str, Any]:
+        """The forward and, on a graph that is kept, the backward alone."""
+        leaves = {name: t.detach().requires_grad_() for name, t in self.inputs.items() if t.is_floating_point()}
+
+        def forward() -> None:
+            with torch.no_grad():
+                self.operator.op(**self.inputs, **self.timing.options)
+
+        if not self.has_backward:
+            return {"forward": forward}
+        output = self.operator.op(**(self.inputs | leaves), **self.timing.options)[0]
+        return {
+            "forward": forward,
+            "backward": lambda: torch.autograd.grad(output, list(leaves.values()), self.cotangent, retain_graph=True),
+        }
+
+    def results(self, inputs: dict[str, Any], cotangents: Sequence[Tensor | None], exact: bool = False) -> list[Tensor]:
+        """Outputs and gradients, in a fixed order."""
+        if exact:
+            outputs, gradients = run(self.operator.exact, in_float64(inputs), [c if c is None else c.double() for c in cotangents], {})
+        else:
+            outputs, gradients = run(self.operator.op, inputs, cotangents, self.timing.options)
+        return [*outputs, *gradients.values()]
+
+    def _compare(self, what: str, actual: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
+        for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            error, limit = relative(a, b), max(LIMIT[self.timing.dtype], LIMIT[a.dtype])
+            if not error <= limit:
+                raise ArithmeticError(f"{what}: tensor {index} is off by {error:.1e} > {limit:.0e}")
+
+    def check(self) -> None:
+        """Raise unless the options in use compute the truth.
+
+        Raises:
+            ArithmeticError: a tensor is off.
+        """
+        generator = torch.Generator(device()).manual_seed(1)
+        small = self.operator.op(**self.small, **self.timing.options)
+        cotangents = [torch.randn(o.shape, generator=generator, device=o.device, dtype=torch.float32).to(o.dtype) for o in small]
+        with poisoned():
+            actual = self.results(self.small, cotangents)
+        if self._small_truth is None:
+            self._small_truth = self.results(self.small, cotangents, exact=True)
+        self._compare("a short sequence against float64", actual, self._small_truth)
+        actual = self.results(self.inputs, [self.cotangent, None])
+        self._check_channels(actual)
+        if self.first is None:
+            self.first = actual
+        self._compare("against the first candidate", actual, self.first)
+
+    def _check_channels(self, actual: Sequence[Tensor]) -> None:
+        """The first few channels at the timed size; a truth by a loop over very long sequences would take seconds."""
+        operator, shape = self.operator, self.timing.shape
+        if operator.name in ("gated_scan", "linear_scan") and shape.T > LONG_LOOP:
+            return
+        cut, cut_output = channel_slice(operator, shape, 0)
+        names = [name for name, t in self.inputs.items() if t.is_floating_point()]
+        cuts = [cut_output, cut[operator.state], *(cut[name] for name in names)]
+        if self._truth is None:
+            few = {name: cut[name](tensor) if name in cut else tensor for name, tensor in self.inputs.items()}
+            self._truth = self.results(few, [cut_output(self.cotangent), None], exact=True)
+        self._compare("channels at this size against float64", [c(a) for c, a in zip(cuts, actual, strict=True)], self._truth)
+
+
+def compile_one(job: tuple[Timing, Kernels, dict[str, Options]]) -> float:
+    """In a process of its own: run both passes with these options, so that the compiled kernel lies in the cache. Seconds it took."""
+    timing, kernels, forced = job
+    with using(kernels, forced):
+        begin = time.perf_counter()
+        operator = OPERATORS[timing.operator]
+        inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state)
+        output = operator.op(**inputs, **timing.options)[0]
+        if "fwdbwd" in timing.directions:
+            run(operator.op, inputs, [torch.randn_like(output), None], timing.options)
+        output.sum().item()
+        return time.perf_counter() - begin
+
+
+def rows_read(job: tuple[Timing, Kernels, dict[str, Options]]) -> dict[str, list[Key]]:
+    """In a process of its own: which rows of the table the forward and the backward of a shape read, with these options forced."""
+    timing, kernels, forced = job
+    with using(kernels, forced) as used:
+        operator = OPERATORS[timing.operator]
+        inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state)
+        leaves = {name: t.requires_grad_() for name, t in inputs.items() if t.is_floating_point() and "fwdbwd" in timing.directions}
+        output = operator.op(**(inputs | leaves), **timing.options)[0]
+        found = {"forward": sorted(used)}
+        if leaves:
+            used.clear()
+            torch.autograd.grad(output, list(leaves.values()), torch.randn_like(output))
+            found["backward"] = sorted(used)
+        return found
