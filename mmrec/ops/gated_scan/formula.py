@@ -24,20 +24,18 @@ def reciprocal(x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def decay_and_write(log_gamma, INTERPRETED: tl.constexpr):
-    """γ and 1 − γ of fp32 log-decays ≤ 0, both to 4e-7 relative.
+    """γ and 1 − γ of fp32 log-decays ≤ 0, both to 1e-6 relative.
 
     1 − γ = −expm1(log γ): the difference of two numbers near 1 keeps few digits, so small logs take the series instead.
     """
     gamma = exp2_fast(log_gamma * LOG2E, INTERPRETED)
-    series = 1.0 / 40320
-    series = series * log_gamma + 1.0 / 5040
-    series = series * log_gamma + 1.0 / 720
+    series = 1.0 / 720
     series = series * log_gamma + 1.0 / 120
     series = series * log_gamma + 1.0 / 24
     series = series * log_gamma + 1.0 / 6
     series = series * log_gamma + 0.5
     series = series * log_gamma + 1.0
-    return gamma, tl.where(log_gamma > -0.5, -log_gamma * series, 1.0 - gamma)
+    return gamma, tl.where(log_gamma > -0.25, -log_gamma * series, 1.0 - gamma)
 
 
 @triton.jit

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from mmrec.ops.gated_scan.formula import LOG2E, decay_and_write, sigmoid_of_scaled
-from mmrec.ops.primitives import last_group, maps_before
+from mmrec.ops.primitives import last_group, load_starts, maps_before, starts_as_bits
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -87,7 +87,8 @@ def backward_kernel(
     p_base = p_ptr + batch * p_stride_B + last * p_stride_T + ((channel // group) * p_stride_D)[None, :]
     log_gamma_base = log_gamma_ptr + batch * log_gamma_stride_B + last * log_gamma_stride_T + (channel * log_gamma_stride_D)[None, :]
     if HAS_RESET:
-        reset_base = reset_ptr + batch * reset_stride_B + last * reset_stride_T
+        reset_ptr += batch * reset_stride_B
+        starts = load_starts(reset_ptr, reset_stride_T, 0, T, R, G, True)
     dz_base = dz_ptr + batch * dz_stride_B + last * dz_stride_T + (channel * dz_stride_D)[None, :]
     dlog_gamma_base = dlog_gamma_ptr + batch * dlog_gamma_stride_B + last * dlog_gamma_stride_T + (channel * dlog_gamma_stride_D)[None, :]
     summed = tl.program_id(0) * (BD // SUMMED) + tl.arange(0, BD // SUMMED)
@@ -103,6 +104,10 @@ def backward_kernel(
     dw = tl.zeros([R, BD], tl.float32)
 
     for start in tl.range(0, T, R * G, num_stages=STAGES):
+        bits = 0
+        if HAS_RESET:
+            bits = starts_as_bits(starts, G)
+            starts = load_starts(reset_ptr, reset_stride_T, start + R * G, T, R, G, True)
         jacobians, dhs, writes, decays, slopes, previous = (), (), (), (), (), ()
         a = tl.full([R, BD], 1.0, tl.float32)
         f = tl.zeros([R, BD], tl.float32)
@@ -117,9 +122,8 @@ def backward_kernel(
             if HAS_H0:
                 h = tl.where(start + s == T - 1, initial[None, :], h)
             gamma, write = decay_and_write(log_gamma.to(tl.float32), INTERPRETED)
-            begins = False
+            begins = (bits >> j) & 1 != 0
             if HAS_RESET:
-                begins = tl.load(reset_base - s * reset_stride_T, mask=start + s < T, other=0) != 0
                 h = tl.where(begins, 0.0, h)
             gate = sigmoid_of_scaled((w * h + p) * -LOG2E, INTERPRETED)
             slope = write * z * gate * (1.0 - gate)
@@ -163,8 +167,6 @@ def backward_kernel(
         dz_base -= R * G * dz_stride_T
         dlog_gamma_base -= R * G * dlog_gamma_stride_T
         dp_base -= R * G * dp_stride_T
-        if HAS_RESET:
-            reset_base -= R * G * reset_stride_T
 
     tl.store(dw_g_ptr + batch * D + channel, tl.sum(dw, axis=0), mask=channel < D)
     tl.store(dh0_ptr + batch * dh0_stride_B + channel * dh0_stride_D, carry.to(dh0_ptr.dtype.element_ty), mask=channel < D)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from mmrec.ops.gated_scan.formula import LOG2E, decay_and_write, sigmoid_of_scaled
-from mmrec.ops.gated_scan.kernels_forward import prefetch_rows, step
+from mmrec.ops.gated_scan.kernels_forward import step
 from mmrec.ops.primitives import last_group, maps_before
 
 TOLERANCE = tl.constexpr(1e-6)  # of max(|z|, |h0|) over the tile
