@@ -56,14 +56,20 @@ def draw_plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     shares = [100 * row["share_of_floor"] for row in timed]
     bars.barh([label(row) for row in timed], shares, color=["C0" if row["direction"] == "fwd" else "C1" for row in timed])
     bars.axvline(100, color="black", linewidth=0.8)
-    bars.invert_yaxis()
+    bars.set_ylim(len(timed) - 0.4, -0.6)  # the first row on top
+    bars.set_title("forward blue, forward+backward orange")
     bars.tick_params(axis="y", labelsize=7)
     bars.set_xlabel("% of the floor: the slower of bytes over the copy's rate and FLOPs over the matrix product's")
     for axis, (direction, found) in zip(others, lines.items(), strict=True):
         for name, points in sorted(found.items()):
             own = name == "memory_scan"
             axis.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2.5 if own else 1.2, color="black" if own else None)
-        axis.set(xscale="log", yscale="log", xlabel="T", ylabel="ms per 1,000 tokens", title=f"memory_scan {direction}, 32 heads × 128")
+        axis.set(
+            xscale="log", yscale="log", xlabel="T", ylabel="ms per 1,000 tokens", title=f"memory_scan {direction}, {HEADS} heads × 128"
+        )
+        lengths = sorted({length for points in found.values() for length, _ in points})
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.minorticks_off()
         axis.legend(fontsize=8)
     row = timed[0]
     figure.suptitle(

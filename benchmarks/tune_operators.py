@@ -21,7 +21,7 @@ import torch
 from operator_cases import Timing, moved_bytes
 from operator_timing import device, machine, median_ms, short_name
 from processes import Failure, guarded, map_in_processes, reason_of
-from tuning_shapes import Kernels, Key, Options, Prepared, compile_one, rows_read, tuned_shapes, using
+from tuning_shapes import Forced, Kernels, Key, Options, Prepared, compile_one, is_plan, rows_read, tuned_shapes, using
 
 from mmrec.files import write_atomically
 from mmrec.ops import tuning
@@ -52,14 +52,9 @@ class Row:
     """
 
     key: Key
-    context: dict[str, Options]
+    context: Forced
     reached: dict[int, list[str]]
     results: list[Result]
-
-    @property
-    def is_plan(self) -> bool:
-        """Whether its options choose between kernels rather than compile one."""
-        return not any("num_warps" in result.options for result in self.results)
 
 
 def workers(shapes: Sequence[Timing]) -> int:
@@ -70,7 +65,7 @@ def workers(shapes: Sequence[Timing]) -> int:
     return max(1, min(16, os.cpu_count() or 1, int(0.9 * torch.cuda.mem_get_info()[0] / largest)))
 
 
-def reach(shapes: Sequence[Timing], kernels: Kernels, forced: dict[str, Options]) -> dict[Key, dict[int, list[str]]]:
+def reach(shapes: Sequence[Timing], kernels: Kernels, forced: Forced) -> dict[Key, dict[int, list[str]]]:
     """Which rows of the table are read, by which of the shapes and in which pass."""
     found: dict[Key, dict[int, list[str]]] = {}
     answers = map_in_processes(rows_read, [(timing, kernels, forced) for timing in shapes], workers(shapes), seconds=120)
@@ -87,14 +82,13 @@ def reach(shapes: Sequence[Timing], kernels: Kernels, forced: dict[str, Options]
 def rows_to_tune(candidates: dict[str, dict[str, list[Options]]], shapes: Sequence[Timing], kernels: Kernels) -> list[Row]:
     """Rows in the order of tuning; a row that only another plan reaches is tuned under the first such plan."""
     wanted = {(kernel, name): options for kernel, rows in candidates.items() for name, options in rows.items()}
-    contexts: list[dict[str, Options]] = [{}]
+    contexts: list[Forced] = [()]
     for (kernel, _), choices in wanted.items():
-        if not any("num_warps" in options for options in choices):
-            contexts += [{kernel: options} for options in choices if {kernel: options} not in contexts]
+        contexts += [((kernel, options),) for options in choices if is_plan(options) and ((kernel, options),) not in contexts]
     found: dict[Key, Row] = {}
     for context in contexts:
         missing = {kernel.partition(".")[0] for kernel, name in wanted if (kernel, name) not in found}
-        operators = {kernel.partition(".")[0] for kernel in context} or missing
+        operators = {kernel.partition(".")[0] for kernel, _ in context} or missing
         part = [index for index, timing in enumerate(shapes) if timing.operator in operators & missing]
         for key, places in (reach([shapes[index] for index in part], kernels, context) if part else {}).items():
             if key in wanted and key not in found:
@@ -104,7 +98,7 @@ def rows_to_tune(candidates: dict[str, dict[str, list[Options]]], shapes: Sequen
     for kernel, name in wanted:
         if (kernel, name) not in found:
             print(f"not tuned: no timed shape reaches {kernel} {name}", flush=True)
-    return sorted(found.values(), key=lambda row: (row.is_plan, row.key))
+    return sorted(found.values(), key=lambda row: (is_plan(row.results[0].options), row.key))
 
 
 def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline: float) -> None:
@@ -115,7 +109,7 @@ def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline
         scores = []
         for index, passes in row.reached.items():
             shape = prepared[index]
-            with using(kernels, row.context | {kernel: result.options}):
+            with using(kernels, ((kernel, result.options), *row.context)):
                 if check:
                     shape.check()
                 calls = shape.passes()
@@ -148,7 +142,7 @@ def choose(row: Row) -> Result | None:
 
 def report(row: Row, chosen: Result | None) -> None:
     """The three best of a row, and who failed."""
-    print(f"{' '.join(row.key)}" + (f", with {row.context}" if row.context else ""), flush=True)
+    print(f"{' '.join(row.key)}" + ("".join(f", with {name} {options}" for name, options in row.context)), flush=True)
     good = sorted((r for r in row.results if r.failure is None), key=lambda r: r.score)
     for result in good[:3] + [r for r in row.results[:1] if r in good[3:]]:
         marks = (" present" if result is row.results[0] else "") + (" CHOSEN" if result is chosen else "")
@@ -196,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"{place['gpu']}: {total} candidates of {len(rows)} rows, {time.monotonic() - begin:.0f} s", flush=True)
 
     jobs = [(row, result, index) for row in rows for result in row.results for index in row.reached]
-    work = [(shapes[index], kernels, row.context | {row.key[0]: result.options}) for row, result, index in jobs]
+    work = [(shapes[index], kernels, ((row.key[0], result.options), *row.context)) for row, result, index in jobs]
     # Side by side in all cores: what takes long is the compiler, and it writes into one cache.
     answers = map_in_processes(compile_one, work, workers(shapes), seconds=90)
     for (_, result, _), answer in zip(jobs, answers, strict=True):

@@ -1,0 +1,86 @@
+"""Every operator once, forward and backward, on small odd shapes: to be run under NVIDIA's compute-sanitizer.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize_operators.py
+    compute-sanitizer --tool racecheck python benchmarks/sanitize_operators.py
+
+Without PyTorch's caching every tensor is an allocation of its own, so that an access beyond its end is seen. Nothing is timed; results
+are compared with float64 on the CPU, as a race may show there first. Prints which rows of the kernels' table were launched.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+from operator_cases import OPERATORS, Shape, draw, in_float64
+from operator_parity import BF16, FP32, FP64, LIMIT, Case, Finding, check, relative
+from operator_timing import device, machine, synchronize
+from tuning_shapes import using
+
+from mmrec.ops import tuning
+
+
+def cases(names: Sequence[str]) -> list[Case]:
+    """Odd lengths and widths; strides, document starts and states; grouped gates, the widths of heads, one token."""
+    wanted = [
+        *(Case("linear_scan", Shape(2, 131, 37), dtype, FP32, reset=True, strided=True) for dtype in (FP32, BF16)),
+        *(Case("exp_product_scan", Shape(2, 131, 37), dtype, dtype, strided=True) for dtype in (FP32, BF16)),
+        Case("exp_product_scan", Shape(2, 131, 37), FP32, FP32, options=(("accum_dtype", FP64),)),
+        *(Case("gated_scan", Shape(2, 131, 36, P=p), dtype, FP32, reset=True, strided=True) for dtype in (FP32, BF16) for p in (36, 12)),
+        *(
+            Case("memory_scan", Shape(2, 131, 2 * k, H=2), dtype, FP32, reset=True, strided=True)
+            for dtype in (FP32, BF16)
+            for k in (20, 64)
+        ),
+        *(Case("memory_scan", Shape(1, 131, k, H=1), BF16, FP32) for k in (128, 256, 512)),
+        Case("memory_scan", Shape(2, 67, 32 * 128, H=32), BF16, FP32),
+        Case("memory_scan", Shape(2, 1, 2 * 64, H=2), BF16, FP32),
+        Case("linear_scan", Shape(5, 1, 3), FP32, FP32),
+    ]
+    return [case for case in wanted if case.operator in names]
+
+
+def newton_is_right() -> bool:
+    """The time-parallel form of gated_scan, which only long sequences take, on a short one."""
+    from mmrec.ops.gated_scan.kernels import newton_scan  # Triton exists on Linux alone
+
+    operator = OPERATORS["gated_scan"]
+    inputs = draw(operator, Shape(1, 601, 9, P=3), BF16, FP32, device(), "ordinary", state=True, reset=True)
+    h, _, _ = newton_scan(**inputs)
+    expected, _ = operator.exact(**in_float64({name: tensor.cpu() for name, tensor in inputs.items()}))
+    return relative(h.cpu(), expected) <= LIMIT[BF16]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run all cases.
+
+    Args:
+        arguments: what follows the program's name; None: `sys.argv`.
+
+    Returns:
+        The exit code: 1 where a result is wrong; compute-sanitizer gives its own for what it finds.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default=",".join(OPERATORS), help="operators, separated by commas")
+    names = parser.parse_args(arguments).only.split(",")
+    torch.manual_seed(0)
+    where = device()
+    print(machine(where), flush=True)
+    missed: list[Finding] = []
+    wrong = False
+    with using(tuning.read_table(tuning.architecture(where.index))["kernels"]) as used:
+        for case in cases(names):
+            missed += [finding for finding in check(case, truth_on=torch.device("cpu")) if finding.missed]
+            synchronize(where)
+            print(f"ran {case}", flush=True)
+        if "gated_scan" in names and where.type == "cuda":
+            wrong = not newton_is_right()
+            print("ran gated_scan's time-parallel form" + (": WRONG" if wrong else ""), flush=True)
+    for finding in missed:
+        print(f"WRONG: {finding.tensor}: {finding.error:.1e} > {finding.limit:.0e}; {finding.case}", flush=True)
+    print("rows of the table: " + ", ".join(f"{kernel} {name}" for kernel, name in sorted(used)))
+    return 1 if missed or wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
