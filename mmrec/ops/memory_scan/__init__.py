@@ -1,11 +1,10 @@
 """The long-term memory: a decayed sum of outer products, read by a query."""
 
-import torch
 from torch import Tensor
 
 from mmrec.ops.common import check_scan_inputs, check_shape
 from mmrec.ops.memory_scan.naive import memory_scan_naive
-from mmrec.ops.memory_scan.pytorch import memory_scan_pytorch
+from mmrec.ops.memory_scan.operator import memory_scan_op
 
 __all__ = ["memory_scan", "memory_scan_naive"]
 
@@ -43,6 +42,5 @@ def memory_scan(
     check_shape("memory_scan", "log_alpha", log_alpha, (batch, time, heads))
     if M0 is not None:
         check_shape("memory_scan", "M0", M0, (batch, heads, key_width, v.shape[-1]))
-    # Autocast would run the matrix products in bf16, those that carry the memory among them.
-    with torch.autocast(q.device.type, enabled=False):
-        return memory_scan_pytorch(q, k, v, log_alpha, M0, reset, scale)
+    output: tuple[Tensor, Tensor] = memory_scan_op(q, k, v, log_alpha, M0, reset, scale)
+    return output

@@ -1,0 +1,253 @@
+"""Which kernels of `memory_scan` run, and with what: nothing is copied, every tensor goes in with its own strides."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmrec.ops.memory_scan.kernels import output_kernel, step_kernel, walk_kernel
+from mmrec.ops.memory_scan.kernels_backward import gradient_kernel
+from mmrec.ops.registration import INTERPRETED
+from mmrec.ops.tuning import launch_options
+
+_FEW_HEADS = 64  # sequences × heads below which a walk over time leaves most of the GPU idle unless a head is cut into more blocks
+
+
+def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, value_width: int) -> str:
+    """Row of the table: `fp32` (fp32, fp16 and mixed inputs), else the head's width `64` … `512`, `…_few` where few programs walk."""
+    if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
+        return "fp32"
+    width = min(max(triton.next_power_of_2(max(key_width, value_width)), 64), 512)
+    return f"{width}_few" if batch_heads < _FEW_HEADS else f"{width}"
+
+
+def _blocks(options: dict[str, Any], **widths: int) -> dict[str, Any]:
+    """Options with their tiles no wider than the head; a matrix product needs 16."""
+    fitting = {name: min(options[name], max(16, triton.next_power_of_2(width))) for name, width in widths.items() if name in options}
+    return {**options, **fitting}
+
+
+class _Scan:
+    """One call's inputs, and the kernels that run on them; C and the precision are the same for all kernels of a call.
+
+    bf16 inputs are multiplied by the tensor cores in bf16 and stored memories are bf16; all others are multiplied in IEEE fp32 (a state
+    overflows fp16, and TF32 keeps three digits). Triton's interpreter has no bf16 arithmetic.
+    """
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, reset: Tensor | None, scale: float, tensors: tuple[Tensor, ...]):
+        self.log_alpha, self.reset, self.scale = log_alpha, reset, scale
+        self.batch, self.time, self.heads, self.K = k.shape
+        self.V = v.shape[-1]
+        self.device = q.device
+        self.shape_class = _shape_class(tensors, self.batch * self.heads, self.K, self.V)
+        self.bf16 = self.shape_class != "fp32" and not INTERPRETED
+
+    def plan(self, name: str) -> None:
+        """Read the call's chunk length, and whether one kernel walks and reads out at once (K in one block), or two."""
+        options = self.options(name)
+        self.C, self.fused = options["C"], bool(options["fused"])
+
+    def options(self, kernel: str, **widths: int) -> dict[str, Any]:
+        return _blocks(launch_options(f"memory_scan.{kernel}", self.shape_class, self.device), **widths)
+
+    def new_states(self) -> Tensor:
+        """(B·H, N, K, V): a memory, or a gradient to it, for every chunk."""
+        shape = (self.batch * self.heads, triton.cdiv(self.time, self.C), self.K, self.V)
+        return torch.empty(shape, dtype=torch.bfloat16 if self.bf16 else torch.float32, device=self.device)
+
+    def _common(self) -> dict[str, Any]:
+        return {
+            "T": self.time,
+            "H": self.heads,
+            "scale": self.scale,
+            "K": self.K,
+            "V": self.V,
+            "C": self.C,
+            "DOT": tl.bfloat16 if self.bf16 else tl.float32,
+            "HAS_RESET": self.reset is not None,
+        }
+
+    def _gate_strides(self) -> tuple[int, ...]:
+        return (*self.log_alpha.stride(), *((0, 0) if self.reset is None else self.reset.stride()))
+
+    def walk(
+        self,
+        reader: Tensor,
+        writer: Tensor,
+        value: Tensor,
+        initial: Tensor | None,
+        output: Tensor | None,
+        states: Tensor | None,
+        last: Tensor,
+        reverse: bool,
+    ) -> None:
+        """Carry a memory (or, reversed, its gradient) over all chunks; with `output` read it on the way, with `states` store it."""
+        if output is None:
+            options = self.options("states", BK=self.K, BV=self.V)
+        else:
+            options = self.options("walk_reverse" if reverse else "walk", BV=self.V)
+            options = {**options, "BK": max(16, triton.next_power_of_2(self.K))}
+        grid = (triton.cdiv(self.V, options["BV"]), triton.cdiv(self.K, options["BK"]), self.batch * self.heads)
+        walk_kernel[grid](
+            reader,
+            writer,
+            value,
+            self.log_alpha,
+            self.reset,
+            initial,
+            output,
+            states,
+            last,
+            *reader.stride(),
+            *writer.stride(),
+            *value.stride(),
+            *self._gate_strides(),
+            *((0, 0, 0, 0) if initial is None else initial.stride()),
+            *((0, 0, 0, 0) if output is None else output.stride()),
+            *last.stride(),
+            **self._common(),
+            REVERSE=reverse,
+            HAS_OUTPUT=output is not None,
+            HAS_STATES=states is not None,
+            HAS_INITIAL=initial is not None,
+            **options,
+        )
+
+    def read_out(self, reader: Tensor, writer: Tensor, value: Tensor, states: Tensor, output: Tensor, reverse: bool) -> None:
+        """All chunks at once from the stored states."""
+        options = self.options("output_reverse" if reverse else "output", BK=self.K, BV=self.V)
+        grid = (triton.cdiv(self.V, options["BV"]), states.shape[1], self.batch * self.heads)
+        output_kernel[grid](
+            reader,
+            writer,
+            value,
+            self.log_alpha,
+            self.reset,
+            states,
+            output,
+            *reader.stride(),
+            *writer.stride(),
+            *value.stride(),
+            *self._gate_strides(),
+            *output.stride(),
+            **self._common(),
+            REVERSE=reverse,
+            **options,
+        )
+
+    def gradients(
+        self, q: Tensor, k: Tensor, v: Tensor, dr: Tensor, M: Tensor, dM: Tensor, dq: Tensor, dk: Tensor, dlog_alpha: Tensor
+    ) -> None:
+        """dq, dk and dlog α of all chunks at once; what several blocks of K add to dlog α is summed here, in a fixed order."""
+        options = self.options("gradient", BK=self.K, BV=self.V)
+        blocks = triton.cdiv(self.K, options["BK"])
+        grid = (blocks, M.shape[1], self.batch * self.heads)
+        shares = dlog_alpha.unsqueeze(0)
+        if blocks > 1:
+            shares = torch.empty((blocks, *dlog_alpha.shape), dtype=torch.float32, device=self.device)
+        gradient_kernel[grid](
+            q,
+            k,
+            v,
+            dr,
+            self.log_alpha,
+            self.reset,
+            M,
+            dM,
+            dq,
+            dk,
+            shares,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *dr.stride(),
+            *self._gate_strides(),
+            *dq.stride(),
+            *dk.stride(),
+            *shares.stride(),
+            **self._common(),
+            **options,
+        )
+        if blocks > 1:
+            dlog_alpha.copy_(shares.sum(0))
+
+
+def _step(
+    scan: _Scan, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, r: Tensor, last: Tensor
+) -> None:
+    options = scan.options("step", BK=scan.K, BV=scan.V)
+    grid = (triton.cdiv(scan.V, options["BV"]), scan.batch * scan.heads)
+    without_time = [(t.stride(0), t.stride(2), t.stride(3)) for t in (q, k, v)]
+    step_kernel[grid](
+        q,
+        k,
+        v,
+        log_alpha,
+        reset,
+        M0,
+        r,
+        last,
+        *without_time[0],
+        *without_time[1],
+        *without_time[2],
+        log_alpha.stride(0),
+        log_alpha.stride(2),
+        0 if reset is None else reset.stride(0),
+        *((0, 0, 0, 0) if M0 is None else M0.stride()),
+        scan.heads,
+        scan.scale,
+        K=scan.K,
+        V=scan.V,
+        HAS_INITIAL=M0 is not None,
+        HAS_RESET=reset is not None,
+        **options,
+    )
+
+
+def launch_forward(
+    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`r` (B, T, H, V) in the dtype of `q` and `M_last` (B, H, K, V) fp32, both contiguous; see the public function."""
+    scan = _Scan(q, k, v, log_alpha, reset, scale, (q, k, v))
+    r = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+    last = torch.empty((scan.batch, scan.heads, scan.K, scan.V), dtype=torch.float32, device=q.device)
+    if scan.time == 1:
+        _step(scan, q, k, v, log_alpha, M0, reset, r, last)
+        return r, last
+    scan.plan("forward")
+    if scan.fused:
+        scan.walk(q, k, v, M0, r, None, last, reverse=False)
+    else:
+        states = scan.new_states()
+        scan.walk(q, k, v, M0, None, states, last, reverse=False)
+        scan.read_out(q, k, v, states, r, reverse=False)
+    return r, last
+
+
+def launch_backward(
+    dr: Tensor,
+    dM_last: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    M0: Tensor | None,
+    reset: Tensor | None,
+    scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dlog_alpha: Tensor,
+    dM0: Tensor,
+) -> None:
+    """Gradients into the five given tensors, of any strides and dtypes; the forward's states are computed again."""
+    scan = _Scan(q, k, v, log_alpha, reset, scale, (q, k, v, dr))
+    scan.plan("backward")
+    M, dM = scan.new_states(), scan.new_states()
+    scan.walk(q, k, v, M0, None, M, torch.empty_like(dM0), reverse=False)
+    scan.walk(k, q, dr, dM_last, dv if scan.fused else None, dM, dM0, reverse=True)
+    if not scan.fused:
+        scan.read_out(k, q, dr, dM, dv, reverse=True)
+    scan.gradients(q, k, v, dr, M, dM, dq, dk, dlog_alpha)
