@@ -5,7 +5,7 @@ from torch import Tensor
 
 from mmrec.ops.common import check_scan_inputs, check_shape
 from mmrec.ops.exp_product_scan.naive import exp_product_scan_naive
-from mmrec.ops.exp_product_scan.pytorch import exp_product_scan_pytorch
+from mmrec.ops.exp_product_scan.operator import exp_product_scan_op
 
 __all__ = ["exp_product_scan", "exp_product_scan_naive"]
 
@@ -29,4 +29,5 @@ def exp_product_scan(log_gamma: Tensor, y0: Tensor | None = None, *, accum_dtype
         check_shape("exp_product_scan", "y0", y0, (log_gamma.shape[0], log_gamma.shape[2]))
     if accum_dtype not in (torch.float32, torch.float64):
         raise ValueError(f"exp_product_scan: accum_dtype is {accum_dtype}; use torch.float32 or torch.float64")
-    return exp_product_scan_pytorch(log_gamma, y0, accum_dtype)
+    output: tuple[Tensor, Tensor] = exp_product_scan_op(log_gamma, y0, accum_dtype)
+    return output
