@@ -18,9 +18,7 @@ def scan_class(batch: int, channels: int) -> str:
     return "few" if batch * channels <= 8192 else "many"
 
 
-def launch_forward(
-    z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D), contiguous in the dtype of `z`, and `h_last` (B, D) fp32."""
     batch, time, channels = z.shape
     choice = launch_options("gated_scan.newton", "choice", z.device)

@@ -72,7 +72,8 @@ def sequential_kernel(
 ):
     """One program: BD channels of one sequence, in time order, a tile of 2^LEVELS tokens after the other.
 
-    Tiles are copied into shared memory STAGES − 1 ahead. With x = −log2 e · (w h + p) carried beside h a step's chain is fma, ex2, add, rcp.
+    Tiles are copied into shared memory STAGES − 1 ahead. With x = −log2 e · (w h + p) carried beside h a step's chain is fma, ex2, add,
+    rcp.
     """
     ROWS: tl.constexpr = 1 << LEVELS
     batch = tl.program_id(1).to(tl.int64)

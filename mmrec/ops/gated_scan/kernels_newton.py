@@ -1,8 +1,8 @@
 """Time-parallel forward kernel of `gated_scan`: Newton's method over a tile of tokens, each iteration one linear scan.
 
-The recurrence is elementwise, so its Jacobian over time is bidiagonal: with F_t(h) = u_t σ(w h + p_t) + γ_t h and J_t = F_t'(h_{t−1}) at the last iterate, the
-next one solves h_t = F_t(ĥ_{t−1}) + J_t (h_{t−1} − ĥ_{t−1}), a linear recurrence. For long sequences of few channels, where a loop over
-time leaves the machine idle.
+The recurrence is elementwise, so its Jacobian over time is bidiagonal: with F_t(h) = u_t σ(w h + p_t) + γ_t h, and J_t its derivative at
+the last iterate ĥ_{t−1}, the next one solves h_t = F_t(ĥ_{t−1}) + J_t (h_{t−1} − ĥ_{t−1}), a linear recurrence. For long sequences of few
+channels, where a loop over time leaves the machine idle.
 """
 
 import triton

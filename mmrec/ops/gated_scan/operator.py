@@ -12,9 +12,7 @@ from mmrec.ops.registration import register, register_backward, runs_kernel
 _INPUTS = "Tensor z, Tensor p, Tensor log_gamma, Tensor w_g, Tensor? h0, Tensor? reset"
 
 
-def _forward(
-    z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     if not runs_kernel(z, state_dtype(z, p, log_gamma, w_g, h0)):
         return gated_scan_forward(z, p, log_gamma, w_g, h0, reset)
     from mmrec.ops.gated_scan.kernels import launch_forward  # Triton exists on Linux alone
@@ -22,9 +20,7 @@ def _forward(
     return launch_forward(z, p, log_gamma, w_g, h0, reset)
 
 
-def _forward_fake(
-    z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     batch, _, channels = z.shape
     return z.new_empty(z.shape), z.new_empty((batch, channels), dtype=state_dtype(z, p, log_gamma, w_g, h0))
 
