@@ -59,13 +59,14 @@ def once(function: Callable[[], Any], where: torch.device) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int = 100) -> float:
+def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int = 100, warmup_ms: int = 25) -> float:
     """Median milliseconds of a call, compiled and warmed up before.
 
     Args:
         function: what to time; its results are thrown away.
         where: CUDA is timed by `do_bench` with events, the CPU by the wall clock.
         repeat_ms: how long to measure, in milliseconds; calls above a tenth of it are repeated ten times at least.
+        warmup_ms: how long to run before that.
     """
     function()  # compiles
     if where.type == "cpu":
@@ -76,7 +77,7 @@ def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int =
     from triton.testing import do_bench
 
     # It clears the L2 cache before each call by writing a buffer larger than it.
-    return float(do_bench(function, warmup=25, rep=max(repeat_ms, int(10 * single)), return_mode="median"))
+    return float(do_bench(function, warmup=warmup_ms, rep=max(repeat_ms, int(10 * single)), return_mode="median"))
 
 
 def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

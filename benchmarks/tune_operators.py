@@ -1,10 +1,10 @@
 """Find the tile sizes of the operators' kernels on this machine and write them into mmrec/ops/tables/<architecture>.json.
 
 `python benchmarks/tune_operators.py` takes the candidates of tuning_candidates.json, kernel by kernel and shape class by shape class:
-compiles them all in parallel, checks each against float64 (a short odd length with document starts and a state; some channels at the
-timed size) and, whole, against the first one, and times the pass it is used in. What does not compile, launch or agree is named and
-left out. Kernels whose options choose between kernels (no `num_warps` among them) come last, with the best of all others in place.
-`--output DIR` writes the table there too, with all timings.
+compiles them all in parallel, times the pass each is used in, and checks the best against float64 (a short odd length with document
+starts and a state; some channels at the timed size) and, whole, against the present options; `--check all` checks every one. What does
+not compile, launch or agree is named and left out. Rows whose options choose between kernels (no `num_warps` among them) come last,
+with the best of all others in place. `--output DIR` writes the table there too, with all timings.
 """
 
 import argparse
@@ -28,10 +28,11 @@ from mmrec.ops import tuning
 
 CANDIDATES = Path(__file__).parent / "tuning_candidates.json"
 TABLES = Path(tuning.__file__).parent / "tables"
+BEST = 3  # candidates of a row that are checked, timed at length and printed
 KEEP = 0.99  # the table's present options stay unless others take less than this share of their time
 
 
-@dataclass
+@dataclass(eq=False)
 class Result:
     """One candidate of one row of the table."""
 
@@ -40,9 +41,10 @@ class Result:
     score: float = math.inf
     compile_seconds: float | None = None
     failure: str | None = None
+    checked: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A row of the table to be tuned: where it is reached, and its candidates.
 
@@ -65,44 +67,54 @@ def workers(shapes: Sequence[Timing]) -> int:
     return max(1, min(16, os.cpu_count() or 1, int(0.9 * torch.cuda.mem_get_info()[0] / largest)))
 
 
-def reach(shapes: Sequence[Timing], kernels: Kernels, forced: Forced) -> dict[Key, dict[int, list[str]]]:
-    """Which rows of the table are read, by which of the shapes and in which pass."""
-    found: dict[Key, dict[int, list[str]]] = {}
-    answers = map_in_processes(rows_read, [(timing, kernels, forced) for timing in shapes], workers(shapes), seconds=120)
-    for index, (timing, answer) in enumerate(zip(shapes, answers, strict=True)):
+def reach(shapes: Sequence[Timing], kernels: Kernels, trials: Sequence[tuple[int, Forced]]) -> list[dict[Key, list[str]]]:
+    """Which rows of the table a shape, by index, reads in which pass, for each trial; nothing where it does not run."""
+    work = [(shapes[index], kernels, forced) for index, forced in trials]
+    found: list[dict[Key, list[str]]] = []
+    for (timing, _, forced), answer in zip(work, map_in_processes(rows_read, work, workers(shapes), seconds=120), strict=True):
+        found.append({})
         if isinstance(answer, Failure):
-            print(f"cannot run {timing.operator} {timing.shape} with {forced}: {answer.reason}", flush=True)
+            print(f"cannot run {timing.operator} {timing.shape} {forced or ''}: {answer.reason}", flush=True)
             continue
         for name, keys in answer.items():
             for key in keys:
-                found.setdefault(key, {}).setdefault(index, []).append(name)
+                found[-1].setdefault(key, []).append(name)
     return found
 
 
 def rows_to_tune(candidates: dict[str, dict[str, list[Options]]], shapes: Sequence[Timing], kernels: Kernels) -> list[Row]:
-    """Rows in the order of tuning; a row that only another plan reaches is tuned under the first such plan."""
+    """Rows in the order of tuning; a row that only another plan of its shape class reaches is tuned under the first such plan."""
     wanted = {(kernel, name): options for kernel, rows in candidates.items() for name, options in rows.items()}
-    contexts: list[Forced] = [()]
-    for (kernel, _), choices in wanted.items():
-        contexts += [((kernel, options),) for options in choices if is_plan(options) and ((kernel, options),) not in contexts]
+    trials: list[tuple[int, Forced]] = [(index, ()) for index in range(len(shapes))]
+    first = reach(shapes, kernels, trials)
+    missing = {key for key in wanted if not any(key in passes for passes in first)}
+    others: list[tuple[int, Forced]] = []
+    for index, passes in enumerate(first):
+        for (kernel, name), choices in wanted.items():
+            if (kernel, name) in passes and any(name == other and shared(kernel, away) for away, other in missing):
+                others += [(index, ((kernel, options),)) for options in choices if is_plan(options)]
     found: dict[Key, Row] = {}
-    for context in contexts:
-        missing = {kernel.partition(".")[0] for kernel, name in wanted if (kernel, name) not in found}
-        operators = {kernel.partition(".")[0] for kernel, _ in context} or missing
-        part = [index for index, timing in enumerate(shapes) if timing.operator in operators & missing]
-        for key, places in (reach([shapes[index] for index in part], kernels, context) if part else {}).items():
-            if key in wanted and key not in found:
+    for (index, forced), passes in zip(trials + others, first + reach(shapes, kernels, others), strict=True):
+        for key, names in passes.items():
+            if key in wanted and (key in missing or not forced):
                 present = kernels[key[0]][key[1]]
                 results = [Result(options) for options in [present, *(o for o in wanted[key] if o != present)]]
-                found[key] = Row(key, context, {part[index]: passes for index, passes in places.items()}, results)
+                row = found.setdefault(key, Row(key, forced, {}, results))
+                if row.context == forced:
+                    row.reached[index] = names
     for kernel, name in wanted:
         if (kernel, name) not in found:
             print(f"not tuned: no timed shape reaches {kernel} {name}", flush=True)
     return sorted(found.values(), key=lambda row: (is_plan(row.results[0].options), row.key))
 
 
-def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline: float) -> None:
-    """Check and time all candidates of a row; the three best twice."""
+def shared(kernel: str, other: str) -> bool:
+    """Whether two kernels are of one operator."""
+    return kernel.partition(".")[0] == other.partition(".")[0]
+
+
+def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline: float, check_all: bool) -> None:
+    """Time all candidates of a row briefly; check the present options and the best, and time those again, longer."""
     kernel = row.key[0]
 
     def measure(result: Result, check: bool) -> None:
@@ -113,38 +125,43 @@ def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline
                 if check:
                     shape.check()
                 calls = shape.passes()
-                ms = sum(median_ms(calls[name], device(), repeat_ms=40) for name in passes)
-            label = f"{shape.timing.shape}"
-            result.ms[label] = min(ms, result.ms.get(label, math.inf))
+                span = (60, 25) if check else (15, 5)
+                ms = sum(median_ms(calls[name], device(), *span) for name in passes)
+            result.ms[shape.label] = ms
             floor = moved_bytes(shape.operator, shape.inputs, [shape.cotangent], "fwd")  # only a weight: shapes count alike
-            scores.append(math.log(result.ms[label] / floor))
+            scores.append(math.log(ms / floor))
         result.score = math.exp(sum(scores) / len(scores))
+        result.checked = check
 
-    for result in row.results:
+    def attempt(result: Result, check: bool) -> None:
         if result.failure is None and time.monotonic() > deadline:
             result.failure = "not measured: the time was spent"
         if result.failure is None:
-            failure = guarded(lambda r: measure(r, check=True), result)
+            failure = guarded(lambda r: measure(r, check), result)
             result.failure = failure.reason if isinstance(failure, Failure) else None
-    good = sorted((r for r in row.results if r.failure is None), key=lambda r: r.score)
-    for result in good[:3]:
-        guarded(lambda r: measure(r, check=False), result)
+
+    for result in row.results:
+        attempt(result, check=False)
+    attempt(row.results[0], check=True)  # the first, which the others are compared with
+    for result in sorted(row.results[1:], key=lambda r: r.score):
+        if check_all or sum(r.checked for r in row.results[1:]) < BEST:
+            attempt(result, check=True)
 
 
 def choose(row: Row) -> Result | None:
     """The fastest, or the present options where nothing beats them clearly; None where nothing ran."""
-    good = sorted((r for r in row.results if r.failure is None), key=lambda r: r.score)
+    good = sorted((r for r in row.results if r.failure is None and r.checked), key=lambda r: r.score)
     if not good:
         return None
     present = row.results[0]
-    return present if present.failure is None and good[0].score > KEEP * present.score else good[0]
+    return present if present in good and good[0].score > KEEP * present.score else good[0]
 
 
 def report(row: Row, chosen: Result | None) -> None:
     """The three best of a row, and who failed."""
     print(f"{' '.join(row.key)}" + ("".join(f", with {name} {options}" for name, options in row.context)), flush=True)
-    good = sorted((r for r in row.results if r.failure is None), key=lambda r: r.score)
-    for result in good[:3] + [r for r in row.results[:1] if r in good[3:]]:
+    good = sorted((r for r in row.results if r.failure is None and r.checked), key=lambda r: r.score)
+    for result in good[:BEST] + [r for r in row.results[:1] if r in good[BEST:]]:
         marks = (" present" if result is row.results[0] else "") + (" CHOSEN" if result is chosen else "")
         print("  " + ", ".join(f"{shape} {ms:.4f} ms" for shape, ms in result.ms.items()), json.dumps(result.options) + marks)
     for result in row.results:
@@ -159,6 +176,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--candidates", type=Path, default=CANDIDATES, help="JSON: kernel → shape class → list of options")
     parser.add_argument("--output", type=Path, help="a folder for the table and all timings")
     parser.add_argument("--seconds", type=float, default=280, help="what is not measured by then is left out")
+    parser.add_argument("--check", choices=("best", "all"), default="best", help="whether the slow ones are checked as well")
     parser.add_argument("--quick", action="store_true", help="one shape an operator; tiny under the interpreter, which writes no table")
     options = parser.parse_args(arguments)
     if device().type == "cpu" and not (options.quick and options.output):
@@ -189,7 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     total = sum(len(row.results) for row in rows)
     print(f"{place['gpu']}: {total} candidates of {len(rows)} rows, {time.monotonic() - begin:.0f} s", flush=True)
 
-    jobs = [(row, result, index) for row in rows for result in row.results for index in row.reached]
+    jobs = [(row, result, next(iter(row.reached))) for row in rows for result in row.results]
     work = [(shapes[index], kernels, ((row.key[0], result.options), *row.context)) for row, result, index in jobs]
     # Side by side in all cores: what takes long is the compiler, and it writes into one cache.
     answers = map_in_processes(compile_one, work, workers(shapes), seconds=90)
@@ -203,13 +221,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prepared: dict[int, Prepared] = {}
     complete = True
     for row in rows:
-        for index in [i for i in prepared if i not in row.reached]:
-            del prepared[index]  # their tensors fill the memory
+        free, whole = torch.cuda.mem_get_info() if where.type == "cuda" else (1, 1)
+        for index in [i for i in prepared if i not in row.reached and free < whole / 2]:
+            del prepared[index]
         try:
             with using(kernels, row.context):
                 for index in row.reached:
-                    prepared.setdefault(index, Prepared(shapes[index]))
-            time_row(row, prepared, kernels, begin + options.seconds)
+                    if index not in prepared:
+                        prepared[index] = Prepared(shapes[index])
+            time_row(row, prepared, kernels, begin + options.seconds, options.check == "all")
         except Exception as error:
             print(f"FAILED {' '.join(row.key)}: {reason_of(error)}", flush=True)
         chosen = choose(row)

@@ -8,7 +8,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from operator_cases import OPERATORS, Shape, Timing, channel_slice, draw, in_float64, run, timings
+from operator_cases import OPERATORS, Shape, Timing, channel_slice, draw, in_float64, name_of, run, timings
 from operator_parity import LIMIT, LONG_LOOP, poisoned, relative
 from operator_timing import device
 from torch import Tensor
@@ -54,17 +54,15 @@ def using(kernels: Kernels, forced: Forced = ()) -> Iterator[set[Key]]:
 
 def tuned_shapes(quick: bool) -> list[Timing]:
     """What is timed: the benchmark's shapes, where they fit sixteen times into the memory, and what reaches the remaining rows."""
-    bf16, fp32 = torch.bfloat16, torch.float32
+    fp32 = torch.float32
     found = [t for t in timings(quick, device()) if t.shape.B * t.shape.T * t.shape.D <= 2**27 and t.gate_dtype == fp32]
     if quick:
         return found
-    accums = (torch.float32, torch.float64)
-    found += [Timing("exp_product_scan", Shape(1, 131072, 1024), fp32, accum=accum) for accum in accums]
-    heads = [(8, 2048, 32, 64), (1, 8192, 32, 64), (1, 8192, 16, 256), (8, 2048, 16, 256), (8, 2048, 8, 512)]
-    found += [Timing("memory_scan", Shape(b, t, h * k, H=h), bf16) for b, t, h, k in heads]
-    found += [
-        Timing("memory_scan", Shape(8, 1, h * k, H=h), bf16, directions=("fwd",), state=True) for h, k in ((64, 64), (16, 256), (8, 512))
-    ]
+    found += [Timing("exp_product_scan", Shape(1, 32768, 4096), fp32, accum=accum) for accum in (torch.float32, torch.float64)]
+    found += [Timing("memory_scan", Shape(b, t, 4096, H=4096 // k)) for b, t, k in ((8, 2048, 512), (1, 8192, 256))]
+    found += [Timing("memory_scan", Shape(1, 8192, 2048, H=32))]
+    for batch, width in ((8, 512), (1, 128), (1, 512)):
+        found += [Timing("memory_scan", Shape(batch, 1, 4096, H=4096 // width), directions=("fwd",), state=True)]
     found += [Timing("memory_scan", Shape(2, 2048, 1024, H=8), fp32)]
     return found
 
@@ -89,6 +87,12 @@ class Prepared:
 
     def _draw(self, shape: Shape, state: bool, reset: bool = False) -> dict[str, Any]:
         return draw(self.operator, shape, self.timing.dtype, self.timing.gate_dtype, device(), state=state, reset=reset)
+
+    @property
+    def label(self) -> str:
+        """Shape, and what else tells it from the others of its operator."""
+        kind = self.timing.accum if self.timing.accum == torch.float64 else self.timing.dtype
+        return f"{self.timing.shape} {name_of(kind)}"
 
     @property
     def has_backward(self) -> bool:
@@ -143,7 +147,7 @@ class Prepared:
         self._check_channels(actual)
         if self.first is None:
             self.first = actual
-        self._compare("against the first candidate", actual, self.first)
+        self._compare("against the present options", actual, self.first)
 
     def _check_channels(self, actual: Sequence[Tensor]) -> None:
         """The first few channels at the timed size; a truth by a loop over very long sequences would take seconds."""
