@@ -20,7 +20,7 @@ from operator_timing import median_ms
 from processes import reason_of
 from torch import Tensor
 
-BUDGET = 40.0  # seconds a peer may take over all shapes, its compilation included
+BUDGET = 40.0  # seconds a peer may take over all shapes; what is under way then gets as long again
 Prepared = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
 
@@ -134,10 +134,10 @@ def time_limit(seconds: float) -> Iterator[None]:
 class Peers:
     """The peers chosen, and what each has used of its budget."""
 
-    def __init__(self, chosen: str, where: torch.device) -> None:
-        """`chosen` is "none", "fast" (those that need no tuning at their first call) or "all"."""
+    def __init__(self, chosen: str, budget: float, where: torch.device) -> None:
+        """`chosen` is "none", "fast" (those that need no tuning at their first call) or "all"; `budget` is seconds a peer."""
         self.names = [name for name, (_, fast, _) in PEERS.items() if chosen == "all" or (chosen == "fast" and fast)]
-        self.where = where
+        self.budget, self.where = budget, where
         self.spent = dict.fromkeys(PEERS, 0.0)
 
     def of(self, timing: Timing) -> list[str]:
@@ -150,9 +150,9 @@ class Peers:
         reason = None
         begin = time.monotonic()
         try:
-            if self.spent[name] > BUDGET:
-                raise UnsuitableError(f"its {BUDGET:.0f} s are spent")
-            with time_limit(2 * BUDGET - self.spent[name]):
+            if self.spent[name] > self.budget:
+                raise UnsuitableError(f"its {self.budget:.0f} s are spent")
+            with time_limit(2 * self.budget - self.spent[name]):
                 function, tensors = PEERS[name][2](inputs, timing)
                 with torch.no_grad():
                     cotangent = torch.randn_like(function(*tensors))

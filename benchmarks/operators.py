@@ -18,10 +18,22 @@ from typing import Any
 import torch
 from operator_cases import OPERATORS, Timing, draw, flops, moved_bytes, name_of, run, timings
 from operator_parity import Finding, all_findings, check_at, worst
-from operator_peers import Peers, versions
+from operator_peers import BUDGET, Peers, versions
 from operator_plot import draw_plot
-from operator_timing import copy_rate, device, input_sets, machine, median_ms, product_rate, rotating, short_name, synchronize
-from processes import reason_of
+from operator_timing import (
+    SHORT,
+    copy_rate,
+    device,
+    input_sets,
+    machine,
+    median_ms,
+    product_rate,
+    replayed_ms,
+    rotating,
+    short_name,
+    synchronize,
+)
+from processes import Failure, guarded, reason_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -51,12 +63,13 @@ def calls(timing: Timing, direction: str, sets: Sequence[dict[str, Any]], cotang
     return rotating([forward(inputs) if direction == "fwd" else both(inputs) for inputs in sets])
 
 
-def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding], place: dict[str, Any]) -> list[Row]:
+def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding], place: dict[str, Any], graphs: bool) -> list[Row]:
     """Rows of one operator and shape, a direction each; what was timed is compared with the truth on some channels before.
 
     Args:
         rates: of a copy in TB/s and of a matrix product in TFLOP/s, in this run.
         findings: of the parity check; those of this shape are appended.
+        graphs: whether short calls are timed a second time, replayed from a CUDA graph.
     """
     operator, where, shape = OPERATORS[timing.operator], device(), timing.shape
     new = lambda: draw(operator, shape, timing.dtype, timing.gate_dtype, where, state=timing.state)  # noqa: E731
@@ -71,7 +84,12 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
         moved = moved_bytes(operator, inputs, outputs, direction)
         work = flops(operator, shape, direction)
         sets = [inputs] + [new() for _ in range(input_sets(moved, where) - 1)]
-        ms = median_ms(calls(timing, direction, sets, cotangent), where)
+        call = calls(timing, direction, sets, cotangent)
+        ms = median_ms(call, where)
+        graph = guarded(replayed_ms, call) if graphs and ms < SHORT else None
+        if isinstance(graph, Failure):
+            print(f"no graph of {timing.operator} {shape} {direction}: {graph.reason}", flush=True)
+            graph = None
         floor = max(moved / rates[0], work / rates[1]) / 1e9
         own = [f for f in findings if f.operator == timing.operator]
         rows.append(
@@ -80,11 +98,12 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
                 "direction": direction, "ms": ms, "floor_ms": floor, "bytes": moved, "copy_tbps": rates[0],
                 "gate_dtype": name_of(timing.gate_dtype), "max_rel_err": worst(own, timing, direction), "peers": {},
                 **place, "P": shape.P, "K": shape.K if shape.H else None, "flops": work, "gemm_tflops": rates[1],
-                "share_of_floor": floor / ms, "accum_dtype": name_of(timing.accum) if timing.accum else None,
+                "share_of_floor": floor / ms, "graph_ms": graph, "accum_dtype": name_of(timing.accum) if timing.accum else None,
                 "err_at_this_shape": worst(here, timing, direction), "parity": "missed" if any(f.missed for f in own) else "ok",
             }
         )  # fmt: skip
-        print(f"{timing.operator} {shape} {direction}: {ms:.4f} ms, {100 * floor / ms:.0f} % of the floor", flush=True)
+        replayed = "" if graph is None else f"; as a graph {graph:.4f} ms, {100 * floor / graph:.0f} %"
+        print(f"{timing.operator} {shape} {direction}: {ms:.4f} ms, {100 * floor / ms:.0f} % of the floor{replayed}", flush=True)
     return rows
 
 
@@ -157,8 +176,8 @@ def report_misses(findings: Sequence[Finding]) -> None:
 def table(rows: Sequence[Row]) -> Table:
     """The rows for a terminal."""
     found = Table(title="Operators: medians, share of the floor by copy or matrix product of this run")
-    for column in ("operator", "shape", "dtype", "gates", "direction", "ms", "floor", "share", "error", "peers, ms"):
-        found.add_column(column, justify="right" if column in ("ms", "floor", "share", "error") else "left")
+    for column in ("operator", "shape", "dtype", "gates", "direction", "ms", "as a graph", "floor", "share", "error", "peers, ms"):
+        found.add_column(column, justify="right" if column in ("ms", "as a graph", "floor", "share", "error") else "left")
     for row in rows:
         if row["ms"] is None:
             continue
@@ -166,7 +185,8 @@ def table(rows: Sequence[Row]) -> Table:
         error = "–" if row["max_rel_err"] is None else f"{row['max_rel_err']:.0e}"
         found.add_row(
             row["op"], f"B{row['B']} T{row['T']} {widths}", row["dtype"] + (f"/{row['accum_dtype']}" if row["accum_dtype"] else ""),
-            row["gate_dtype"], row["direction"], f"{row['ms']:.4f}", f"{row['floor_ms']:.4f}", f"{100 * row['share_of_floor']:.0f} %",
+            row["gate_dtype"], row["direction"], f"{row['ms']:.4f}",
+            "" if row["graph_ms"] is None else f"{row['graph_ms']:.4f}", f"{row['floor_ms']:.4f}", f"{100 * row['share_of_floor']:.0f} %",
             error if row["parity"] == "ok" else f"[red]{error}[/red]",
             ", ".join(f"{name} {'–' if ms is None else f'{ms:.3f}'}" for name, ms in row["peers"].items()),
         )  # fmt: skip
@@ -187,6 +207,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default=",".join(OPERATORS), help="operators, separated by commas")
     parser.add_argument("--quick", action="store_true", help="few cases and one shape an operator, tiny on a CPU")
     parser.add_argument("--peers", choices=("none", "fast", "all"), help="fast: those that need no tuning; all, but none with --quick")
+    parser.add_argument("--peer-seconds", type=float, default=BUDGET, help="what a peer may take over all shapes, compilation included")
+    parser.add_argument("--graphs", choices=("yes", "no"), default="yes", help="time short calls replayed from a CUDA graph as well")
     parser.add_argument("--parity", choices=("yes", "no", "only"), default="yes", help="no: times alone, for work on a kernel")
     parser.add_argument("--plot", type=Path, help="where the plot goes; beside the output, as .svg")
     parser.add_argument("--cold", action="store_true", help="also time the first call with an empty kernel cache")
@@ -248,7 +270,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"NOT MEASURED: {timing.operator} {timing.shape}: it broke its process in the parity check", flush=True)
             continue
         try:
-            found = measure(timing, rates, findings, place)
+            found = measure(timing, rates, findings, place, options.graphs == "yes" and where.type == "cuda")
         except Exception as error:  # one operator's failure must not cost the others' figures
             broken = True
             print(f"NOT MEASURED: {timing.operator} {timing.shape}: {reason_of(error)}", flush=True)
@@ -266,7 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             broken = True
             print(f"NOT MEASURED: the first call with an empty cache: {reason_of(error)}", flush=True)
     save()
-    add_peers(Peers(options.peers or ("none" if options.quick else "all"), where), measured, save)
+    add_peers(Peers(options.peers or ("none" if options.quick else "all"), options.peer_seconds, where), measured, save)
     print(f"device copy at the end {copy_rate(where):.3f} TB/s", flush=True)
     draw_plot(rows, options.plot or output.with_suffix(".svg"))
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))

@@ -58,7 +58,8 @@ def tuned_shapes(quick: bool) -> list[Timing]:
     found = [t for t in timings(quick, device()) if t.shape.B * t.shape.T * t.shape.D <= 2**27 and t.gate_dtype == fp32]
     if quick:
         return found
-    found += [Timing("exp_product_scan", Shape(1, 32768, 4096), fp32, accum=accum) for accum in (torch.float32, torch.float64)]
+    for accum in (torch.float32, torch.float64):  # with a start, whose gradient has a kernel of its own
+        found += [Timing("exp_product_scan", Shape(b, t, 4096), fp32, state=True, accum=accum) for b, t in ((1, 32768), (4, 2048))]
     found += [Timing("memory_scan", Shape(b, t, 4096, H=4096 // k)) for b, t, k in ((8, 2048, 512), (1, 8192, 256))]
     found += [Timing("memory_scan", Shape(1, 8192, 2048, H=32))]
     for batch, width in ((8, 512), (1, 128), (1, 512)):
@@ -92,7 +93,7 @@ class Prepared:
     def label(self) -> str:
         """Shape, and what else tells it from the others of its operator."""
         kind = self.timing.accum if self.timing.accum == torch.float64 else self.timing.dtype
-        return f"{self.timing.shape} {name_of(kind)}"
+        return f"{self.timing.shape} {name_of(kind)}" + " with a start" * self.timing.state
 
     @property
     def has_backward(self) -> bool:
