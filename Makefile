@@ -17,8 +17,10 @@ fit: install
 	$(RUN) mmrec.cli fit --config cpu_tiny.yaml
 
 # One thread a worker: two pools of threads on the same cores slow each other down.
+# The kernels' own run: Triton decides at import whether it interprets.
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) pytest -n $(JOBS) -m interpreted tests/ops
 
 lint: install
 	$(VENV)/bin/ruff check .

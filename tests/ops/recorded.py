@@ -1,0 +1,53 @@
+"""What was called: the operators of ours that torch dispatched, with their arguments."""
+
+from typing import Any
+
+import torch
+from cases import Case, Setting
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class RecordedOperators(TorchDispatchMode):
+    """Keeps every call of a `mmrec::` operator below it, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "mmrec":
+            self.calls.append((func._opname, args))
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def names(self) -> list[str]:
+        """In the order of the calls."""
+        return [name for name, _ in self.calls]
+
+
+def operator(name: str) -> Any:
+    """`mmrec::<name>`, to be called."""
+    return getattr(torch.ops.mmrec, name).default
+
+
+def recorded_arguments(case: Case, setting: Setting, time: int, with_state: bool = True) -> dict[str, tuple[Any, ...]]:
+    """Arguments of `<op>`, `<op>_bwd` and `<op>_bwd_out`, as a forward and a backward pass hand them over; the outputs are NaN."""
+    inputs = case.draw(setting, time)
+    if not with_state:
+        inputs.pop(case.state)
+    reset = case.reset(setting, time)
+    options = {} if reset is None else {"reset": reset}
+    with RecordedOperators() as recorded:
+        outputs = case.op(**{name: tensor.requires_grad_() for name, tensor in inputs.items()}, **options)
+        torch.autograd.backward(outputs, [torch.randn_like(output) for output in outputs])
+    arguments = {name: tuple(detached(argument) for argument in args) for name, args in recorded.calls}
+    gradients = operator(f"{case.name}_bwd")(*arguments[f"{case.name}_bwd"])
+    poison = tuple(torch.full_like(gradient, float("nan")) for gradient in gradients)
+    arguments[f"{case.name}_bwd_out"] = (*arguments[f"{case.name}_bwd"], *poison)
+    return arguments
+
+
+def detached(argument: Any) -> Any:
+    """A tensor without its history; anything else as it is."""
+    return argument.detach() if isinstance(argument, Tensor) else argument

@@ -1,0 +1,86 @@
+"""The wiring: the network calls each operator, in both directions, and a compiled block sees each as one node."""
+
+import pytest
+import torch
+from cases import CPU_LOW, GPU, INTERPRETED, Setting, in_settings
+from recorded import RecordedOperators
+from support import assert_same
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
+
+from mmrec.blocks.mm_rec_block import MMRecBlock
+from mmrec.core.memory import BlockState
+from mmrec.model import MMRecModel
+
+# `state_gate`, whether a state is carried in, and the operators that must run.
+CALLS = [
+    (True, False, ["gated_scan", "memory_scan"]),
+    (True, True, ["gated_scan", "memory_scan"]),
+    (False, False, ["linear_scan", "memory_scan"]),
+    (False, True, ["linear_scan", "exp_product_scan", "memory_scan"]),
+]
+calls = pytest.mark.parametrize(("state_gate", "carried", "expected"), CALLS)
+
+
+def block_and_inputs(setting: Setting, state_gate: bool, carried: bool, time: int) -> tuple[MMRecBlock, torch.Tensor, BlockState | None]:
+    width = 32 if setting.device == "cpu" else 640
+    block = MMRecBlock(model_dim=width, num_heads=2 if width == 32 else 5, pe_dim=width // 4, state_gate=state_gate).to(setting.device)
+    x = torch.randn(1, time, width).to(setting.device)
+    _, state = block(x, return_state=True) if carried else (None, None)
+    return block, x, state and BlockState(*(None if part is None else part.detach().requires_grad_() for part in state))
+
+
+@calls
+@in_settings([(CPU_LOW[0], 9), (INTERPRETED, 9), (GPU, 130)])
+def test_the_network_calls_its_operators(setting: Setting, time: int, state_gate: bool, carried: bool, expected: list[str]) -> None:
+    width = 32 if setting.device == "cpu" else 640
+    model = MMRecModel(vocab_size=50, model_dim=width, num_layers=2, num_heads=2, pe_dim=8, state_gate=state_gate).to(setting.device)
+    tokens = torch.randint(50, (1, time)).to(setting.device)
+    with torch.no_grad():
+        state = model(tokens, return_state=True)[1] if carried else None
+    with RecordedOperators() as recorded:
+        logits, _ = model(tokens, state=state, return_state=True)
+        forward = list(recorded.names)
+        logits.square().mean().backward()
+    assert forward == expected * 2
+    assert recorded.names[len(forward) :] == [f"{name}_bwd" for name in reversed(expected * 2)]
+
+
+@calls
+@in_settings([(CPU_LOW[0], 9), (GPU, 130)])
+def test_a_compiled_block_has_no_graph_break(setting: Setting, time: int, state_gate: bool, carried: bool, expected: list[str]) -> None:
+    block, x, state = block_and_inputs(setting, state_gate, carried, time)
+    reset = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
+    reset[:, 5] = True
+    backend = "aot_eager" if setting.device == "cpu" else "inductor"
+    torch._dynamo.reset()
+    results = []
+    for function in (block, torch.compile(block, backend=backend, fullgraph=True)):
+        block.zero_grad()
+        y, after = function(x, state=state, reset=reset, return_state=True)
+        (y.square().mean() + after.h.sum() + after.M.square().mean()).backward()
+        results.append([y.detach(), *(p.grad.clone() for p in block.parameters() if p.grad is not None)])
+    assert len(results[0]) == len(results[1]) > 5
+    for actual, same in zip(results[1], results[0], strict=True):
+        # The compiler may reorder the sums of norms and products.
+        assert_same(actual, same, limit=1e-4 if setting.device == "cuda" else None)
+    assert torch._dynamo.explain(block)(x, state=state, reset=reset, return_state=True).graph_break_count == 0
+
+
+@calls
+@in_settings([(CPU_LOW[0], 9)])
+def test_a_compiled_block_sees_an_operator_as_one_node(
+    setting: Setting, time: int, state_gate: bool, carried: bool, expected: list[str]
+) -> None:
+    block, x, state = block_and_inputs(setting, state_gate, carried, time)
+    graphs: list[list[str]] = []
+
+    def keep(graph: torch.fx.GraphModule, _inputs: object) -> object:
+        targets = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+        graphs.append([target._opname for target in targets if target.namespace == "mmrec"])
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    torch.compile(block, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)(x, state=state).sum().backward()
+    assert sorted(graphs[0]) == sorted(expected)
+    assert sorted(graphs[1]) == sorted(f"{name}_bwd" for name in expected)

@@ -1,0 +1,75 @@
+"""The tables of tile sizes: whatever a launcher asks for is there, and nothing else."""
+
+import importlib
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from cases import CASES, Case
+
+import mmrec.ops
+from mmrec.ops import tuning
+
+TABLES = sorted((Path(mmrec.ops.__file__).parent / "tables").glob("*.json"))
+Asked = set[tuple[str, str]]
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_options_are_plain_numbers(path: Path) -> None:
+    table = json.loads(path.read_text(encoding="utf-8"))
+    assert table["machine"]
+    for kernel, rows in table["kernels"].items():
+        for row, options in rows.items():
+            assert options, (kernel, row)
+            assert all(type(value) in (int, bool) for value in options.values()), (kernel, row)
+
+
+@pytest.fixture(params=[0, 1], ids=["split", "fused"])
+def asked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Rows that were looked up, while launchers run in full and kernels not at all; with either answer where kernels may be fused."""
+    rows: Asked = set()
+    look_up = tuning.launch_options
+
+    def remember(kernel: str, shape_class: str, device: torch.device) -> dict[str, Any]:
+        rows.add((kernel, shape_class))
+        options = look_up(kernel, shape_class, device)
+        return {**options, "fused": request.param} if "fused" in options else options
+
+    for case in CASES:
+        folder = f"mmrec.ops.{case.name}"
+        monkeypatch.setattr(importlib.import_module(f"{folder}.operator"), "runs_kernel", lambda *_: True)
+        for module in ("kernels", "launchers"):
+            if importlib.util.find_spec(f"{folder}.{module}") is not None:
+                monkeypatch.setattr(importlib.import_module(f"{folder}.{module}"), "launch_options", remember, raising=False)
+    monkeypatch.setattr(triton.runtime.jit.JITFunction, "run", lambda *_, **__: None)
+    return rows
+
+
+def run(case: Case, dtype: torch.dtype, options: dict[str, Any], **sizes: int) -> None:
+    """Forward and backward on memory that nobody touches."""
+    inputs = {}
+    for name, letters in case.shapes.items():
+        wide = name.startswith("log_") or "T" not in letters
+        inputs[name] = torch.empty([sizes[letter] for letter in letters], dtype=torch.float32 if wide else dtype, requires_grad=True)
+    outputs = case.op(**inputs, **options)
+    torch.autograd.grad(outputs, list(inputs.values()), [torch.empty_like(output) for output in outputs])
+
+
+def test_every_row_that_a_launcher_asks_for_is_there(asked: Asked) -> None:
+    for case, dtype in itertools.product(CASES, (torch.float32, torch.bfloat16, torch.float16)):
+        wide = case.name == "memory_scan"
+        widths = [{"H": 2, "K": K, "V": K} for K in (20, 64, 128, 256, 512)] if wide else [{"D": D, "P": D // 4} for D in (20, 768, 4096)]
+        kinds = [{"accum_dtype": kind} for kind in (torch.float32, torch.float64)] if case.name == "exp_product_scan" else [{}]
+        for B, T, width, options in itertools.product((1, 4, 64), (1, 7, 300, 5000), widths, kinds):
+            if B * T * width.get("D", 1024) <= 64 * 300 * 4096:
+                run(case, dtype, options, B=B, T=T, **width)
+    for path in TABLES:
+        kernels = json.loads(path.read_text(encoding="utf-8"))["kernels"]
+        there = {(kernel, row) for kernel, rows in kernels.items() for row in rows}
+        assert asked - there == set()
+        alternatives = {"memory_scan.walk", "memory_scan.walk_reverse", "memory_scan.output", "memory_scan.output_reverse"}
+        assert {kernel for kernel, _ in there - asked} <= alternatives
