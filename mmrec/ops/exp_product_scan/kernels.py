@@ -70,9 +70,10 @@ def forward_kernel(
     sequence = (tl.program_id(0) // stripes).to(tl.int64)
     channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD)
     in_D = channel < D
+    column = channel.to(tl.int64)[None, :]
     group = tl.arange(0, R)[:, None] * G
-    log_gamma_ptr += sequence * log_gamma_stride_B + channel[None, :] * log_gamma_stride_D
-    y_ptr += sequence * y_stride_B + channel[None, :]
+    log_gamma_ptr += sequence * log_gamma_stride_B + column * log_gamma_stride_D
+    y_ptr += sequence * y_stride_B + column
     y0 = tl.full([BD], 1.0, tl.float32)
     if HAS_Y0:
         y0 = tl.load(y0_ptr + sequence * y0_stride_B + channel * y0_stride_D, mask=in_D, other=0).to(tl.float32)
@@ -126,10 +127,11 @@ def backward_kernel(
     sequence = (tl.program_id(0) // stripes).to(tl.int64)
     channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD)
     in_D = channel < D
+    column = channel.to(tl.int64)[None, :]
     group = tl.arange(0, R)[:, None] * G
-    dy_ptr += sequence * dy_stride_B + channel[None, :] * dy_stride_D
-    y_ptr += sequence * y_stride_B + channel[None, :] * y_stride_D
-    dlog_gamma_ptr += sequence * dlog_gamma_stride_B + channel[None, :] * dlog_gamma_stride_D
+    dy_ptr += sequence * dy_stride_B + column * dy_stride_D
+    y_ptr += sequence * y_stride_B + column * y_stride_D
+    dlog_gamma_ptr += sequence * dlog_gamma_stride_B + column * dlog_gamma_stride_D
     carry = tl.zeros([BD], ACCUMULATE)
     if HAS_DY_LAST:
         dy_last = tl.load(dy_last_ptr + sequence * dy_last_stride_B + channel * dy_last_stride_D, mask=in_D, other=0).to(tl.float32)
@@ -187,9 +189,10 @@ def start_gradient_kernel(
     sequence = (tl.program_id(0) // stripes).to(tl.int64)
     channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD)
     in_D = channel < D
+    column = channel.to(tl.int64)[None, :]
     group = tl.arange(0, R)[:, None] * G
-    log_gamma_ptr += sequence * log_gamma_stride_B + channel[None, :] * log_gamma_stride_D
-    dy_ptr += sequence * dy_stride_B + channel[None, :] * dy_stride_D
+    log_gamma_ptr += sequence * log_gamma_stride_B + column * log_gamma_stride_D
+    dy_ptr += sequence * dy_stride_B + column * dy_stride_D
     carry = tl.zeros([BD], ACCUMULATE)
     gradient = tl.zeros([R, BD], ACCUMULATE)
     for first_row in tl.range(0, T, R * G, num_stages=STAGES):

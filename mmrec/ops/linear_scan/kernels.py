@@ -53,10 +53,11 @@ def forward_kernel(
     sequence = (tl.program_id(0) // stripes).to(tl.int64)
     channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD)
     in_D = channel < D
+    column = channel.to(tl.int64)[None, :]
     group = tl.arange(0, R)[:, None] * G
-    x_ptr += sequence * x_stride_B + channel[None, :] * x_stride_D
-    log_a_ptr += sequence * log_a_stride_B + channel[None, :] * log_a_stride_D
-    h_ptr += sequence * h_stride_B + channel[None, :]
+    x_ptr += sequence * x_stride_B + column * x_stride_D
+    log_a_ptr += sequence * log_a_stride_B + column * log_a_stride_D
+    h_ptr += sequence * h_stride_B + column
     carry = tl.zeros([BD], tl.float32)
     if HAS_H0:
         carry = tl.load(h0_ptr + sequence * h0_stride_B + channel * h0_stride_D, mask=in_D, other=0).to(tl.float32)
@@ -146,12 +147,13 @@ def backward_kernel(
     sequence = (tl.program_id(0) // stripes).to(tl.int64)
     channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD)
     in_D = channel < D
+    column = channel.to(tl.int64)[None, :]
     group = tl.arange(0, R)[:, None] * G
-    dh_ptr += sequence * dh_stride_B + channel[None, :] * dh_stride_D
-    h_ptr += sequence * h_stride_B + channel[None, :] * h_stride_D
-    log_a_ptr += sequence * log_a_stride_B + channel[None, :] * log_a_stride_D
-    dx_ptr += sequence * dx_stride_B + channel[None, :] * dx_stride_D
-    dlog_a_ptr += sequence * dlog_a_stride_B + channel * dlog_a_stride_D
+    dh_ptr += sequence * dh_stride_B + column * dh_stride_D
+    h_ptr += sequence * h_stride_B + column * h_stride_D
+    log_a_ptr += sequence * log_a_stride_B + column * log_a_stride_D
+    dx_ptr += sequence * dx_stride_B + column * dx_stride_D
+    dlog_a_ptr += sequence * dlog_a_stride_B + column * dlog_a_stride_D
     carry = tl.zeros([BD], tl.float32)
     if HAS_DH_LAST:
         carry = tl.load(dh_last_ptr + sequence * dh_last_stride_B + channel * dh_last_stride_D, mask=in_D, other=0).to(tl.float32)
@@ -164,7 +166,7 @@ def backward_kernel(
         h_tile = h_ptr + (first_token - 1) * h_stride_T
         log_a_tile = log_a_ptr + first_token * log_a_stride_T
         dx_tile = dx_ptr + first_token * dx_stride_T
-        dlog_a_tile = dlog_a_ptr[None, :] + first_token * dlog_a_stride_T
+        dlog_a_tile = dlog_a_ptr + first_token * dlog_a_stride_T
         bits = 0
         if HAS_RESET:
             bits = starts_as_bits(starts, G)
@@ -203,7 +205,7 @@ def backward_kernel(
     dlog_a = tl.zeros([BD], tl.float32)
     if HAS_H0:
         dlog_a = carry * tl.load(h0_ptr + sequence * h0_stride_B + channel * h0_stride_D, mask=in_D, other=0).to(tl.float32)
-    tl.store(dlog_a_ptr, dlog_a.to(dlog_a_ptr.dtype.element_ty), mask=in_D)
+    tl.store(dlog_a_ptr, dlog_a.to(dlog_a_ptr.dtype.element_ty)[None, :], mask=in_D[None, :])
 
 
 def shape_class(batch: int, channels: int) -> str:
