@@ -169,6 +169,7 @@ CASES = [
     ),
 ]
 EXP, LINEAR, GATED, MEMORY = CASES
+LAUNCHERS = {"memory_scan": "launchers"}  # an operator's module with `launch_forward` and `launch_backward`, where not `kernels`
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 with_reset = pytest.mark.parametrize("case", [case for case in CASES if case.has_reset], ids=lambda case: case.name)
 

@@ -4,14 +4,13 @@ import importlib
 
 import pytest
 import torch
-from cases import CPU, CPU_LOW, GPU, GPU_LOW, INTERPRETED, Case, Setting, by_name, in_settings
+from cases import CPU, CPU_LOW, GPU, GPU_LOW, INTERPRETED, LAUNCHERS, Case, Setting, by_name, in_settings
 from recorded import operator, recorded_arguments
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 # Groups of which a stripe holds whole ones: where they straddle stripes, their gradients are summed from an fp32 tensor.
 UNGROUPED = INTERPRETED.resized(B=1, P=6, H=1)
-LAUNCHERS = {"memory_scan": "launchers"}  # where not `kernels`
 
 
 @by_name
