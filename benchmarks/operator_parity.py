@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from gated_shadow import along_its_states
 from operator_cases import OPERATORS, Shape, Timing, channel_slice, draw, in_float64, name_of, run, slices
 from operator_timing import device
 from processes import Failure, map_in_processes
@@ -114,6 +115,8 @@ def compare(
     found = []
     for name, actual, wanted in pairs:
         limit = max(LIMIT[case.dtype], LIMIT[actual.dtype])
+        if name.startswith("d") and case.dtype != FP32 and abs(case.slope or 0) >= 20:
+            limit *= 3  # the backward's h_{t-1} is the rounded output, and w_g, up to 400, multiplies its rounding in the gate
         error = relative(actual, wanted) if actual.shape == wanted.shape else float("inf")
         found.append(Finding(case.operator, str(case), case.dtype, case.options, name, not name.startswith("d"), error, limit))
     if ("accum_dtype", FP64) in case.options and outputs[0].dtype == FP32:
@@ -164,11 +167,36 @@ def check(case: Case, truth_on: torch.device | None = None) -> list[Finding]:
     widened = [None if cotangent is None else cotangent.double() for cotangent in cotangents]
     expected, expected_gradients = run(operator.exact, in_float64(inputs), widened, exact_options)
     found = compare(case, outputs, gradients, expected, expected_gradients)
-    if any(finding.missed for finding in found) and case.shape.T <= 2100 and case.shape.K * (operator.name == "memory_scan") <= 128:
+    if any(finding.missed for finding in found) and _loop_is_short(case):
         narrow = {name: t.float() if t.is_floating_point() else t for name, t in inputs.items()}
         loop, loop_gradients = run(operator.naive, narrow, [None if c is None else c.float() for c in cotangents], exact_options)
         plain = {f.tensor: f.error for f in compare(case, loop, loop_gradients, expected, expected_gradients)}
         found = [replace(f, note=f"the plain loop in fp32: {plain.get(f.tensor, float('nan')):.1e}") if f.missed else f for f in found]
+        # An error of 1e-5 is fp32's rounding grown a hundredfold; the rounding of a bf16 state grows as much.
+        comparable = [f for f in found if not f.missed or plain.get(f.tensor, 0.0) <= (f.limit / 3 if case.dtype == FP32 else 1e-5)]
+        if case.slope is not None and len(comparable) < len(found):
+            found = comparable + _without_truth(case, found[0], in_float64(inputs), outputs, gradients, cotangents)
+    return found
+
+
+def _loop_is_short(case: Case) -> bool:
+    """Whether the plain loop, with autograd behind it, takes no more than seconds and gigabytes."""
+    if case.operator == "memory_scan":
+        return case.shape.T <= 2100 and case.shape.K <= 128
+    return case.shape.T <= 9000
+
+
+def _without_truth(
+    case: Case, like: Finding, inputs: dict[str, Any], outputs: list[Tensor], gradients: dict[str, Tensor], cotangents: list[Any]
+) -> list[Finding]:
+    """For a chaotic gated_scan, which the plain loop in fp32 misses too: the states' bound; in fp32 every step, and its adjoint."""
+    like = replace(like, of_output=True, note="chaotic: the plain loop in fp32 misses float64 as well")
+    bound = max(inputs["z"].abs().max().item(), inputs["h0"].abs().max().item() if "h0" in inputs else 0.0)
+    size = max(output.abs().max().item() for output in outputs)  # NaN stays
+    found = [replace(like, tensor="size of the states over their bound", error=size / bound, limit=1 + LIMIT[case.dtype])]
+    if case.dtype == FP32:
+        for name, actual, wanted, limit in along_its_states(inputs, outputs, gradients, cotangents):
+            found.append(replace(like, tensor=name, of_output=not name.startswith("d"), error=relative(actual, wanted), limit=limit))
     return found
 
 
@@ -286,10 +314,11 @@ def all_findings(names: Sequence[str], quick: bool, seed: int) -> list[Finding]:
 def worst(findings: Sequence[Finding], timing: Timing, direction: str) -> float | None:
     """The largest relative error of an operator in a dtype: of outputs for the forward, of gradients too for both directions."""
     options = tuple(timing.options.items())
+    relative_limits = LIMIT.values()
     errors = [
         f.error
         for f in findings
-        if f.operator == timing.operator and f.dtype == timing.dtype and (f.of_output or direction != "fwd") and f.limit != POINTWISE
+        if f.operator == timing.operator and f.dtype == timing.dtype and (f.of_output or direction != "fwd") and f.limit in relative_limits
         if not options or f.options == options
     ]
     return max(errors, key=lambda error: error if error == error else float("inf")) if errors else None
