@@ -16,6 +16,7 @@ import torch
 _TABLES = Path(__file__).parent / "tables"
 _FALLBACK = "sm90"  # for architectures that nobody has tuned on: right everywhere, fast on Hopper
 _OVERRIDES: dict[str, dict[str, Any]] = {}
+_GENERATION = [0]  # counts the changes of _OVERRIDES: what is remembered of launches belongs to one of them
 
 
 @cache
@@ -53,8 +54,15 @@ def overridden(**options: dict[str, Any]) -> Iterator[None]:
     """Run kernels with other options, for tuning and for tests: `overridden(**{"linear_scan.forward": {...}})`."""
     before = dict(_OVERRIDES)
     _OVERRIDES.update(options)
+    _GENERATION[0] += 1
     try:
         yield
     finally:
         _OVERRIDES.clear()
         _OVERRIDES.update(before)
+        _GENERATION[0] += 1
+
+
+def generation() -> int:
+    """Changes with every change of the options: a key for what was derived from them."""
+    return _GENERATION[0]

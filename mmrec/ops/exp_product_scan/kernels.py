@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.primitives import last_group, sums_before
 from mmrec.ops.tuning import launch_options
 
@@ -227,21 +228,14 @@ def launch_forward(log_gamma: Tensor, y0: Tensor | None, accum_dtype: torch.dtyp
     batch, time, channels = log_gamma.shape
     y = torch.empty(log_gamma.shape, dtype=log_gamma.dtype, device=log_gamma.device)
     y_last = torch.empty((batch, channels), dtype=torch.float32, device=log_gamma.device)
-    options = launch_options("exp_product_scan.forward", shape_class(batch, channels, accum_dtype), log_gamma.device)
-    forward_kernel[(batch * triton.cdiv(channels, options["BD"]),)](
-        log_gamma,
-        y0,
-        y,
-        y_last,
-        time,
-        channels,
-        *log_gamma.stride(),
-        *(y0.stride() if y0 is not None else (0, 0)),
-        *y.stride()[:2],
-        ACCUMULATE=tl.float64 if accum_dtype == torch.float64 else tl.float32,
-        HAS_Y0=y0 is not None,
-        **options,
-    )
+
+    def prepare() -> Call:
+        options = launch_options("exp_product_scan.forward", shape_class(batch, channels, accum_dtype), log_gamma.device)
+        numbers = (time, channels, *log_gamma.stride(), *strides(y0, 2), *y.stride()[:2])
+        flags = {"ACCUMULATE": _in_triton(accum_dtype), "HAS_Y0": y0 is not None}
+        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | options)
+
+    launch(forward_kernel, (log_gamma, y0, y, y_last), prepare, accum_dtype)
     return y, y_last
 
 
@@ -257,42 +251,24 @@ def launch_backward(
 ) -> None:
     """Write `dlog_gamma` (B, T, D), and `dy0` (B, D) where `log_gamma` is given: views of any dtype and strides."""
     batch, time, channels = dy.shape
-    row = shape_class(batch, channels, accum_dtype)
-    accumulate = tl.float64 if accum_dtype == torch.float64 else tl.float32
-    dy_last_strides = dy_last.stride() if dy_last is not None else (0, 0)
-    options = launch_options("exp_product_scan.backward", row, dy.device)
-    backward_kernel[(batch * triton.cdiv(channels, options["BD"]),)](
-        dy,
-        dy_last,
-        y,
-        y_last,
-        dlog_gamma,
-        time,
-        channels,
-        *dy.stride(),
-        *dy_last_strides,
-        *y.stride(),
-        *y_last.stride(),
-        *dlog_gamma.stride(),
-        ACCUMULATE=accumulate,
-        HAS_DY_LAST=dy_last is not None,
-        **options,
-    )
+    flags = {"ACCUMULATE": _in_triton(accum_dtype), "HAS_DY_LAST": dy_last is not None}
+
+    def prepare() -> Call:
+        options = launch_options("exp_product_scan.backward", shape_class(batch, channels, accum_dtype), dy.device)
+        numbers = (time, channels, *dy.stride(), *strides(dy_last, 2), *y.stride(), *y_last.stride(), *dlog_gamma.stride())
+        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | options)
+
+    launch(backward_kernel, (dy, dy_last, y, y_last, dlog_gamma), prepare, accum_dtype)
     if log_gamma is None or dy0 is None:
         return
-    options = launch_options("exp_product_scan.start_gradient", row, dy.device)
-    start_gradient_kernel[(batch * triton.cdiv(channels, options["BD"]),)](
-        dy,
-        dy_last,
-        log_gamma,
-        dy0,
-        time,
-        channels,
-        *dy.stride(),
-        *dy_last_strides,
-        *log_gamma.stride(),
-        *dy0.stride(),
-        ACCUMULATE=accumulate,
-        HAS_DY_LAST=dy_last is not None,
-        **options,
-    )
+
+    def prepare_start() -> Call:
+        options = launch_options("exp_product_scan.start_gradient", shape_class(batch, channels, accum_dtype), dy.device)
+        numbers = (time, channels, *dy.stride(), *strides(dy_last, 2), *log_gamma.stride(), *dy0.stride())
+        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | options)
+
+    launch(start_gradient_kernel, (dy, dy_last, log_gamma, dy0), prepare_start, accum_dtype)
+
+
+def _in_triton(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32

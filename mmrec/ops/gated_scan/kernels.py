@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from mmrec.ops.gated_scan.kernels_backward import backward_kernel
 from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
 from mmrec.ops.gated_scan.kernels_newton import newton_kernel
+from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.registration import INTERPRETED
 from mmrec.ops.tuning import launch_options
 
@@ -26,10 +26,13 @@ def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Ten
         h, h_last, _ = newton_scan(z, p, log_gamma, w_g, h0, reset)
         return h, h_last
     h, h_last = _outputs(z)
-    options = launch_options("gated_scan.forward", scan_class(batch, channels), z.device)
-    grid = (triton.cdiv(channels, options["BD"]), batch)
-    tensors, numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
-    sequential_kernel[grid](*tensors, h, h_last, *numbers, **flags, **options)
+
+    def prepare() -> Call:
+        options = launch_options("gated_scan.forward", scan_class(batch, channels), z.device)
+        numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
+        return Call((blocks(channels, options["BD"]), batch), numbers, flags | options)
+
+    launch(sequential_kernel, (z, p, log_gamma, w_g, h0, reset, h, h_last), prepare)
     return h, h_last
 
 
@@ -45,10 +48,14 @@ def newton_scan(
     batch, _, channels = z.shape
     h, h_last = _outputs(z)
     options = launch_options("gated_scan.newton", "few", z.device)
-    grid = (triton.cdiv(channels, options["BD"]), batch)
+    grid = (blocks(channels, options["BD"]), batch)
     counts = torch.empty((grid[0] * grid[1], 2), dtype=torch.int32, device=z.device)
-    tensors, numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
-    newton_kernel[grid](*tensors, h, h_last, counts, *numbers, **flags, **options)
+
+    def prepare() -> Call:
+        numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
+        return Call(grid, numbers, flags | options)
+
+    launch(newton_kernel, (z, p, log_gamma, w_g, h0, reset, h, h_last, counts), prepare)
     return h, h_last, counts
 
 
@@ -59,22 +66,12 @@ def _outputs(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _forward_arguments(
     z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None
-) -> tuple[tuple[Any, ...], tuple[int, ...], dict[str, bool]]:
-    """What both forward kernels take: tensors, sizes and strides, flags."""
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """What both forward kernels take beside their tensors: sizes and strides, flags."""
     group = z.shape[2] // p.shape[-1]
-    numbers = (
-        z.shape[1],
-        z.shape[2],
-        group,
-        *z.stride(),
-        *p.stride(),
-        *log_gamma.stride(),
-        w_g.stride(0),
-        *((0, 0) if h0 is None else h0.stride()),
-        *((0, 0) if reset is None else reset.stride()),
-    )
+    numbers = (z.shape[1], z.shape[2], group, *z.stride(), *p.stride(), *log_gamma.stride(), w_g.stride(0))
     flags = {"GROUPED": group > 1, "HAS_H0": h0 is not None, "HAS_RESET": reset is not None, "INTERPRETED": INTERPRETED}
-    return (z, p, log_gamma, w_g, h0, reset), numbers, flags
+    return (*numbers, *strides(h0, 2), *strides(reset, 2)), flags
 
 
 def launch_backward(
@@ -102,44 +99,28 @@ def launch_backward(
     in_kernel = summed == group
     dp_parts = dp if in_kernel else torch.empty((batch, time, channels // summed), dtype=torch.float32, device=z.device)
     dw_g_parts = torch.empty((batch, channels), dtype=torch.float32, device=z.device)
-    backward_kernel[(triton.cdiv(channels, options["BD"]), batch)](
-        dh,
-        dh_last,
-        h,
-        z,
-        p,
-        log_gamma,
-        w_g,
-        h0,
-        reset,
-        dz,
-        dp_parts,
-        dlog_gamma,
-        dw_g_parts,
-        dh0,
-        time,
-        channels,
-        group,
-        *dh.stride(),
-        *h.stride(),
-        *z.stride(),
-        *p.stride(),
-        *log_gamma.stride(),
-        w_g.stride(0),
-        *((0, 0) if dh_last is None else dh_last.stride()),
-        *((0, 0) if h0 is None else h0.stride()),
-        *((0, 0) if reset is None else reset.stride()),
-        *dz.stride(),
-        *dp_parts.stride(),
-        *dlog_gamma.stride(),
-        *dh0.stride(),
-        SUMMED=summed,
-        HAS_DH_LAST=dh_last is not None,
-        HAS_H0=h0 is not None,
-        HAS_RESET=reset is not None,
-        INTERPRETED=INTERPRETED,
-        **options,
+
+    def prepare() -> Call:
+        inputs = (*dh.stride(), *h.stride(), *z.stride(), *p.stride(), *log_gamma.stride(), w_g.stride(0))
+        states = (*strides(dh_last, 2), *strides(h0, 2), *strides(reset, 2))
+        outputs = (*dz.stride(), *dp_parts.stride(), *dlog_gamma.stride(), *dh0.stride())
+        flags = {
+            "SUMMED": summed,
+            "HAS_DH_LAST": dh_last is not None,
+            "HAS_H0": h0 is not None,
+            "HAS_RESET": reset is not None,
+            "INTERPRETED": INTERPRETED,
+        }
+        return Call((blocks(channels, options["BD"]), batch), (time, channels, group, *inputs, *states, *outputs), flags | options)
+
+    launch(
+        backward_kernel,
+        (dh, dh_last, h, z, p, log_gamma, w_g, h0, reset, dz, dp_parts, dlog_gamma, dw_g_parts, dh0),
+        prepare,
     )
     if not in_kernel:
         dp.copy_(dp_parts.unflatten(-1, (p.shape[-1], -1)).sum(-1))
-    dw_g.copy_(dw_g_parts.sum(0))
+    if dw_g.dtype == torch.float32:
+        torch.sum(dw_g_parts, 0, out=dw_g)
+    else:
+        dw_g.copy_(dw_g_parts.sum(0))

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.primitives import last_group, load_starts, maps_before, starts_as_bits
 from mmrec.ops.tuning import launch_options
 
@@ -213,35 +214,19 @@ def shape_class(batch: int, channels: int) -> str:
     return "many" if batch * channels > 8192 else "few"
 
 
-def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
-    """Strides of an argument, zeros for None."""
-    return (0,) * count if tensor is None else tensor.stride()
-
-
 def launch_forward(x: Tensor, log_a: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D) in the dtype of `x` and `h_last` (B, D) fp32; inputs with any strides."""
     batch, time, channels = x.shape
     h = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     h_last = torch.empty((batch, channels), dtype=torch.float32, device=x.device)
-    options = launch_options("linear_scan.forward", shape_class(batch, channels), x.device)
-    forward_kernel[(batch * triton.cdiv(channels, options["BD"]),)](
-        x,
-        log_a,
-        h0,
-        reset,
-        h,
-        h_last,
-        time,
-        channels,
-        *x.stride(),
-        *log_a.stride(),
-        *strides(h0, 2),
-        *strides(reset, 2),
-        *h.stride()[:2],
-        HAS_H0=h0 is not None,
-        HAS_RESET=reset is not None,
-        **options,
-    )
+
+    def prepare() -> Call:
+        options = launch_options("linear_scan.forward", shape_class(batch, channels), x.device)
+        numbers = (time, channels, *x.stride(), *log_a.stride(), *strides(h0, 2), *strides(reset, 2), *h.stride()[:2])
+        flags = {"HAS_H0": h0 is not None, "HAS_RESET": reset is not None}
+        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | options)
+
+    launch(forward_kernel, (x, log_a, h0, reset, h, h_last), prepare)
     return h, h_last
 
 
@@ -258,30 +243,12 @@ def launch_backward(
 ) -> None:
     """Write the gradients into `dx`, `dlog_a` (B, T, D) and `dh0` (B, D): views of any dtype and strides."""
     batch, time, channels = dh.shape
-    options = launch_options("linear_scan.backward", shape_class(batch, channels), dh.device)
-    backward_kernel[(batch * triton.cdiv(channels, options["BD"]),)](
-        dh,
-        dh_last,
-        h,
-        log_a,
-        h0,
-        reset,
-        dx,
-        dlog_a,
-        dh0,
-        time,
-        channels,
-        *dh.stride(),
-        *strides(dh_last, 2),
-        *h.stride(),
-        *log_a.stride(),
-        *strides(h0, 2),
-        *strides(reset, 2),
-        *dx.stride(),
-        *dlog_a.stride(),
-        *dh0.stride(),
-        HAS_DH_LAST=dh_last is not None,
-        HAS_H0=h0 is not None,
-        HAS_RESET=reset is not None,
-        **options,
-    )
+
+    def prepare() -> Call:
+        options = launch_options("linear_scan.backward", shape_class(batch, channels), dh.device)
+        inputs = (*dh.stride(), *strides(dh_last, 2), *h.stride(), *log_a.stride(), *strides(h0, 2), *strides(reset, 2))
+        outputs = (*dx.stride(), *dlog_a.stride(), *dh0.stride())
+        flags = {"HAS_DH_LAST": dh_last is not None, "HAS_H0": h0 is not None, "HAS_RESET": reset is not None}
+        return Call((batch * blocks(channels, options["BD"]),), (time, channels, *inputs, *outputs), flags | options)
+
+    launch(backward_kernel, (dh, dh_last, h, log_a, h0, reset, dx, dlog_a, dh0), prepare)

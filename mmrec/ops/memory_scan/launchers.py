@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
 from mmrec.ops.memory_scan.kernels import output_kernel, step_kernel, walk_kernel
 from mmrec.ops.memory_scan.kernels_backward import gradient_kernel
 from mmrec.ops.registration import INTERPRETED
@@ -19,13 +19,13 @@ def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, 
     """Row of the table: `fp32` (fp32, fp16 and mixed inputs), else the head's width `64` … `512`, `…_few` where few programs walk."""
     if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
         return "fp32"
-    width = min(max(triton.next_power_of_2(max(key_width, value_width)), 64), 512)
+    width = min(max(power_of_two(max(key_width, value_width)), 64), 512)
     return f"{width}_few" if batch_heads < _FEW_HEADS else f"{width}"
 
 
 def _blocks(options: dict[str, Any], **widths: int) -> dict[str, Any]:
     """Options with their tiles no wider than the head; a matrix product needs 16."""
-    fitting = {name: min(options[name], max(16, triton.next_power_of_2(width))) for name, width in widths.items() if name in options}
+    fitting = {name: min(options[name], max(16, power_of_two(width))) for name, width in widths.items() if name in options}
     return {**options, **fitting}
 
 
@@ -54,14 +54,18 @@ class _Scan:
 
     def new_states(self) -> Tensor:
         """(B·H, N, K, V): a memory, or a gradient to it, for every chunk."""
-        shape = (self.batch * self.heads, triton.cdiv(self.time, self.C), self.K, self.V)
+        shape = (self.batch * self.heads, blocks(self.time, self.C), self.K, self.V)
         return torch.empty(shape, dtype=torch.bfloat16 if self.bf16 else torch.float32, device=self.device)
 
-    def _common(self) -> dict[str, Any]:
+    def _key(self, reverse: bool) -> tuple[Any, ...]:
+        """What a launch depends on beside its tensors."""
+        return self.C, self.scale, self.shape_class, reverse
+
+    def _sizes(self) -> tuple[int | float, ...]:
+        return self.time, self.heads, self.scale
+
+    def _constants(self) -> dict[str, Any]:
         return {
-            "T": self.time,
-            "H": self.heads,
-            "scale": self.scale,
             "K": self.K,
             "V": self.V,
             "C": self.C,
@@ -70,7 +74,7 @@ class _Scan:
         }
 
     def _gate_strides(self) -> tuple[int, ...]:
-        return (*self.log_alpha.stride(), *((0, 0) if self.reset is None else self.reset.stride()))
+        return (*self.log_alpha.stride(), *strides(self.reset, 2))
 
     def walk(
         self,
@@ -84,126 +88,73 @@ class _Scan:
         reverse: bool,
     ) -> None:
         """Carry a memory (or, reversed, its gradient) over all chunks; with `output` read it on the way, with `states` store it."""
-        if output is None:
-            options = self.options("states", BK=self.K, BV=self.V)
-        else:
-            options = self.options("walk_reverse" if reverse else "walk", BV=self.V)
-            options = {**options, "BK": max(16, triton.next_power_of_2(self.K))}
-        grid = (triton.cdiv(self.V, options["BV"]), triton.cdiv(self.K, options["BK"]), self.batch * self.heads)
-        walk_kernel[grid](
-            reader,
-            writer,
-            value,
-            self.log_alpha,
-            self.reset,
-            initial,
-            output,
-            states,
-            last,
-            *reader.stride(),
-            *writer.stride(),
-            *value.stride(),
-            *self._gate_strides(),
-            *((0, 0, 0, 0) if initial is None else initial.stride()),
-            *((0, 0, 0, 0) if output is None else output.stride()),
-            *last.stride(),
-            **self._common(),
-            REVERSE=reverse,
-            HAS_OUTPUT=output is not None,
-            HAS_STATES=states is not None,
-            HAS_INITIAL=initial is not None,
-            **options,
+
+        def prepare() -> Call:
+            if output is None:
+                options = self.options("states", BK=self.K, BV=self.V)
+            else:
+                options = self.options("walk_reverse" if reverse else "walk", BV=self.V)
+                options = {**options, "BK": max(16, power_of_two(self.K))}
+            grid = (blocks(self.V, options["BV"]), blocks(self.K, options["BK"]), self.batch * self.heads)
+            inputs = (*reader.stride(), *writer.stride(), *value.stride(), *self._gate_strides())
+            numbers = (*inputs, *strides(initial, 4), *strides(output, 4), *last.stride(), *self._sizes())
+            flags = {
+                "REVERSE": reverse,
+                "HAS_OUTPUT": output is not None,
+                "HAS_STATES": states is not None,
+                "HAS_INITIAL": initial is not None,
+            }
+            return Call(grid, numbers, self._constants() | flags | options)
+
+        launch(
+            walk_kernel, (reader, writer, value, self.log_alpha, self.reset, initial, output, states, last), prepare, *self._key(reverse)
         )
 
     def read_out(self, reader: Tensor, writer: Tensor, value: Tensor, states: Tensor, output: Tensor, reverse: bool) -> None:
         """All chunks at once from the stored states."""
-        options = self.options("output_reverse" if reverse else "output", BK=self.K, BV=self.V)
-        grid = (triton.cdiv(self.V, options["BV"]), states.shape[1], self.batch * self.heads)
-        output_kernel[grid](
-            reader,
-            writer,
-            value,
-            self.log_alpha,
-            self.reset,
-            states,
-            output,
-            *reader.stride(),
-            *writer.stride(),
-            *value.stride(),
-            *self._gate_strides(),
-            *output.stride(),
-            **self._common(),
-            REVERSE=reverse,
-            **options,
-        )
+
+        def prepare() -> Call:
+            options = self.options("output_reverse" if reverse else "output", BK=self.K, BV=self.V)
+            grid = (blocks(self.V, options["BV"]), states.shape[1], self.batch * self.heads)
+            inputs = (*reader.stride(), *writer.stride(), *value.stride(), *self._gate_strides())
+            return Call(grid, (*inputs, *output.stride(), *self._sizes()), self._constants() | {"REVERSE": reverse} | options)
+
+        launch(output_kernel, (reader, writer, value, self.log_alpha, self.reset, states, output), prepare, *self._key(reverse))
 
     def gradients(
         self, q: Tensor, k: Tensor, v: Tensor, dr: Tensor, M: Tensor, dM: Tensor, dq: Tensor, dk: Tensor, dlog_alpha: Tensor
     ) -> None:
         """dq, dk and dlog α of all chunks at once; what several blocks of K add to dlog α is summed here, in a fixed order."""
         options = self.options("gradient", BK=self.K, BV=self.V)
-        blocks = triton.cdiv(self.K, options["BK"])
-        grid = (blocks, M.shape[1], self.batch * self.heads)
+        key_blocks = blocks(self.K, options["BK"])
         shares = dlog_alpha.unsqueeze(0)
-        if blocks > 1:
-            shares = torch.empty((blocks, *dlog_alpha.shape), dtype=torch.float32, device=self.device)
-        gradient_kernel[grid](
-            q,
-            k,
-            v,
-            dr,
-            self.log_alpha,
-            self.reset,
-            M,
-            dM,
-            dq,
-            dk,
-            shares,
-            *q.stride(),
-            *k.stride(),
-            *v.stride(),
-            *dr.stride(),
-            *self._gate_strides(),
-            *dq.stride(),
-            *dk.stride(),
-            *shares.stride(),
-            **self._common(),
-            **options,
-        )
-        if blocks > 1:
+        if key_blocks > 1:
+            shares = torch.empty((key_blocks, *dlog_alpha.shape), dtype=torch.float32, device=self.device)
+
+        def prepare() -> Call:
+            grid = (key_blocks, M.shape[1], self.batch * self.heads)
+            inputs = (*q.stride(), *k.stride(), *v.stride(), *dr.stride(), *self._gate_strides())
+            numbers = (*inputs, *dq.stride(), *dk.stride(), *shares.stride(), *self._sizes())
+            return Call(grid, numbers, self._constants() | options)
+
+        launch(gradient_kernel, (q, k, v, dr, self.log_alpha, self.reset, M, dM, dq, dk, shares), prepare, *self._key(False))
+        if key_blocks > 1:
             dlog_alpha.copy_(shares.sum(0))
 
 
 def _step(
     scan: _Scan, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, r: Tensor, last: Tensor
 ) -> None:
-    options = scan.options("step", BK=scan.K, BV=scan.V)
-    grid = (triton.cdiv(scan.V, options["BV"]), scan.batch * scan.heads)
-    without_time = [(t.stride(0), t.stride(2), t.stride(3)) for t in (q, k, v)]
-    step_kernel[grid](
-        q,
-        k,
-        v,
-        log_alpha,
-        reset,
-        M0,
-        r,
-        last,
-        *without_time[0],
-        *without_time[1],
-        *without_time[2],
-        log_alpha.stride(0),
-        log_alpha.stride(2),
-        0 if reset is None else reset.stride(0),
-        *((0, 0, 0, 0) if M0 is None else M0.stride()),
-        scan.heads,
-        scan.scale,
-        K=scan.K,
-        V=scan.V,
-        HAS_INITIAL=M0 is not None,
-        HAS_RESET=reset is not None,
-        **options,
-    )
+    def prepare() -> Call:
+        options = scan.options("step", BK=scan.K, BV=scan.V)
+        grid = (blocks(scan.V, options["BV"]), scan.batch * scan.heads)
+        without_time = [stride for t in (q, k, v) for stride in (t.stride(0), t.stride(2), t.stride(3))]
+        gates = (log_alpha.stride(0), log_alpha.stride(2), 0 if reset is None else reset.stride(0))
+        numbers = (*without_time, *gates, *strides(M0, 4), scan.heads, scan.scale)
+        flags = {"K": scan.K, "V": scan.V, "HAS_INITIAL": M0 is not None, "HAS_RESET": reset is not None}
+        return Call(grid, numbers, flags | options)
+
+    launch(step_kernel, (q, k, v, log_alpha, reset, M0, r, last), prepare, scan.scale)
 
 
 def launch_forward(
