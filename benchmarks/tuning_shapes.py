@@ -48,7 +48,8 @@ def using(kernels: Kernels, forced: Forced = ()) -> Iterator[set[Key]]:
     used: set[Key] = set()
     chosen = {name: [options for kernel, options in forced if kernel == name] for name in kernels}
     table = {"kernels": {name: Recording(name, rows, chosen[name], used) for name, rows in kernels.items()}}
-    with patch.object(tuning, "read_table", lambda name: table):
+    # `overridden`, with nothing, lets the launchers forget what they remember of the table.
+    with patch.object(tuning, "read_table", lambda name: table), tuning.overridden():
         yield used
 
 
@@ -181,14 +182,14 @@ def compile_one(job: tuple[Timing, Kernels, Forced]) -> float:
 def rows_read(job: tuple[Timing, Kernels, Forced]) -> dict[str, list[Key]]:
     """In a process of its own: which rows of the table the forward and the backward of a shape read, with these options forced."""
     timing, kernels, forced = job
+    operator = OPERATORS[timing.operator]
+    inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state)
+    leaves = {name: t.requires_grad_() for name, t in inputs.items() if t.is_floating_point() and "fwdbwd" in timing.directions}
     with using(kernels, forced) as used:
-        operator = OPERATORS[timing.operator]
-        inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state)
-        leaves = {name: t.requires_grad_() for name, t in inputs.items() if t.is_floating_point() and "fwdbwd" in timing.directions}
         output = operator.op(**(inputs | leaves), **timing.options)[0]
-        found = {"forward": sorted(used)}
-        if leaves:
-            used.clear()
+    found = {"forward": sorted(used)}
+    if leaves:
+        with using(kernels, forced) as used:
             torch.autograd.grad(output, list(leaves.values()), torch.randn_like(output))
-            found["backward"] = sorted(used)
-        return found
+        found["backward"] = sorted(used)
+    return found
