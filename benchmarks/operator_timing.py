@@ -11,8 +11,9 @@ from datetime import date
 from typing import Any
 
 import torch
+from processes import Failure, guarded
 
-SHORT = 0.5  # ms; calls below are also replayed from a graph
+SHORT = 20.0  # ms; calls below are replayed from a graph
 SLOW = 500.0  # ms; a call above is timed by hand: do_bench would repeat it ten times before its first figure
 CPU_REPEATS = 5
 
@@ -81,11 +82,8 @@ def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int =
     return float(do_bench(function, warmup=warmup_ms, rep=max(repeat_ms, int(10 * single)), return_mode="median"))
 
 
-def replayed_ms(function: Callable[[], Any]) -> float:
-    """Median milliseconds of the call's kernels alone, replayed from a CUDA graph: what a short call takes where the host keeps ahead.
-
-    A call of some 0.1 ms is launched more slowly than it runs, autograd's part above all, and `median_ms` then counts the host as well.
-    """
+def replayed_ms(function: Callable[[], Any], repeat_ms: int = 100, warmup_ms: int = 25) -> float:
+    """Median milliseconds of the call's kernels alone, replayed from a CUDA graph by `do_bench`."""
     from triton.testing import do_bench
 
     side = torch.cuda.Stream()
@@ -97,7 +95,23 @@ def replayed_ms(function: Callable[[], Any]) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         function()
-    return float(do_bench(graph.replay, warmup=25, rep=100, return_mode="median"))
+    return float(do_bench(graph.replay, warmup=warmup_ms, rep=repeat_ms, return_mode="median"))
+
+
+def kernel_ms(function: Callable[[], Any], where: torch.device, replay: bool = True) -> tuple[float, float]:
+    """Median milliseconds of a call as its kernels alone take them, and of the call as it is, the host included.
+
+    A call of some 0.1 ms is launched more slowly than it runs, autograd's part above all; in a training step the host keeps ahead. Calls
+    that cannot be captured in a graph, or are long enough, give the second figure twice.
+    """
+    eager = median_ms(function, where)
+    if not replay or where.type == "cpu" or eager > SHORT:
+        return eager, eager
+    replayed = guarded(replayed_ms, function)
+    if isinstance(replayed, Failure):
+        print(f"no graph: {replayed.reason}", flush=True)
+        return eager, eager
+    return replayed, eager
 
 
 def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

@@ -21,19 +21,17 @@ from operator_parity import Finding, all_findings, check_at, worst
 from operator_peers import BUDGET, Peers, versions
 from operator_plot import draw_plot
 from operator_timing import (
-    SHORT,
     copy_rate,
     device,
     input_sets,
+    kernel_ms,
     machine,
-    median_ms,
     product_rate,
-    replayed_ms,
     rotating,
     short_name,
     synchronize,
 )
-from processes import Failure, guarded, reason_of
+from processes import reason_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -69,7 +67,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
     Args:
         rates: of a copy in TB/s and of a matrix product in TFLOP/s, in this run.
         findings: of the parity check; those of this shape are appended.
-        graphs: whether short calls are timed a second time, replayed from a CUDA graph.
+        graphs: whether calls are timed replayed from a CUDA graph, which leaves out the host.
     """
     operator, where, shape = OPERATORS[timing.operator], device(), timing.shape
     new = lambda: draw(operator, shape, timing.dtype, timing.gate_dtype, where, state=timing.state)  # noqa: E731
@@ -85,11 +83,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
         work = flops(operator, shape, direction)
         sets = [inputs] + [new() for _ in range(input_sets(moved, where) - 1)]
         call = calls(timing, direction, sets, cotangent)
-        ms = median_ms(call, where)
-        graph = guarded(replayed_ms, call) if graphs and ms < SHORT else None
-        if isinstance(graph, Failure):
-            print(f"no graph of {timing.operator} {shape} {direction}: {graph.reason}", flush=True)
-            graph = None
+        ms, eager = kernel_ms(call, where, graphs)
         floor = max(moved / rates[0], work / rates[1]) / 1e9
         own = [f for f in findings if f.operator == timing.operator]
         rows.append(
@@ -98,12 +92,12 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
                 "direction": direction, "ms": ms, "floor_ms": floor, "bytes": moved, "copy_tbps": rates[0],
                 "gate_dtype": name_of(timing.gate_dtype), "max_rel_err": worst(own, timing, direction), "peers": {},
                 **place, "P": shape.P, "K": shape.K if shape.H else None, "flops": work, "gemm_tflops": rates[1],
-                "share_of_floor": floor / ms, "graph_ms": graph, "accum_dtype": name_of(timing.accum) if timing.accum else None,
+                "share_of_floor": floor / ms, "eager_ms": eager, "accum_dtype": name_of(timing.accum) if timing.accum else None,
                 "err_at_this_shape": worst(here, timing, direction), "parity": "missed" if any(f.missed for f in own) else "ok",
             }
         )  # fmt: skip
-        replayed = "" if graph is None else f"; as a graph {graph:.4f} ms, {100 * floor / graph:.0f} %"
-        print(f"{timing.operator} {shape} {direction}: {ms:.4f} ms, {100 * floor / ms:.0f} % of the floor{replayed}", flush=True)
+        share = f"{100 * floor / ms:.0f} % of the floor"
+        print(f"{timing.operator} {shape} {direction}: {ms:.4f} ms, {share}; called from Python {eager:.4f} ms", flush=True)
     return rows
 
 
@@ -176,8 +170,8 @@ def report_misses(findings: Sequence[Finding]) -> None:
 def table(rows: Sequence[Row]) -> Table:
     """The rows for a terminal."""
     found = Table(title="Operators: medians, share of the floor by copy or matrix product of this run")
-    for column in ("operator", "shape", "dtype", "gates", "direction", "ms", "as a graph", "floor", "share", "error", "peers, ms"):
-        found.add_column(column, justify="right" if column in ("ms", "as a graph", "floor", "share", "error") else "left")
+    for column in ("operator", "shape", "dtype", "gates", "direction", "ms", "from Python", "floor", "share", "error", "peers, ms"):
+        found.add_column(column, justify="right" if column in ("ms", "from Python", "floor", "share", "error") else "left")
     for row in rows:
         if row["ms"] is None:
             continue
@@ -186,7 +180,7 @@ def table(rows: Sequence[Row]) -> Table:
         found.add_row(
             row["op"], f"B{row['B']} T{row['T']} {widths}", row["dtype"] + (f"/{row['accum_dtype']}" if row["accum_dtype"] else ""),
             row["gate_dtype"], row["direction"], f"{row['ms']:.4f}",
-            "" if row["graph_ms"] is None else f"{row['graph_ms']:.4f}", f"{row['floor_ms']:.4f}", f"{100 * row['share_of_floor']:.0f} %",
+            f"{row['eager_ms']:.4f}", f"{row['floor_ms']:.4f}", f"{100 * row['share_of_floor']:.0f} %",
             error if row["parity"] == "ok" else f"[red]{error}[/red]",
             ", ".join(f"{name} {'–' if ms is None else f'{ms:.3f}'}" for name, ms in row["peers"].items()),
         )  # fmt: skip
@@ -208,7 +202,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few cases and one shape an operator, tiny on a CPU")
     parser.add_argument("--peers", choices=("none", "fast", "all"), help="fast: those that need no tuning; all, but none with --quick")
     parser.add_argument("--peer-seconds", type=float, default=BUDGET, help="what a peer may take over all shapes, compilation included")
-    parser.add_argument("--graphs", choices=("yes", "no"), default="yes", help="time short calls replayed from a CUDA graph as well")
+    parser.add_argument("--graphs", choices=("yes", "no"), default="yes", help="time calls replayed from a CUDA graph; no: with the host")
     parser.add_argument("--parity", choices=("yes", "no", "only"), default="yes", help="no: times alone, for work on a kernel")
     parser.add_argument("--plot", type=Path, help="where the plot goes; beside the output, as .svg")
     parser.add_argument("--cold", action="store_true", help="also time the first call with an empty kernel cache")

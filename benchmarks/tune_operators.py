@@ -13,13 +13,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from operator_cases import Timing, moved_bytes
-from operator_timing import device, machine, median_ms, short_name
+from operator_timing import device, machine, median_ms, replayed_ms, short_name
 from processes import Failure, guarded, map_in_processes, reason_of
 from tuning_shapes import Forced, Kernels, Key, Options, Prepared, compile_one, is_plan, rows_read, tuned_shapes, using
 
@@ -113,6 +113,11 @@ def shared(kernel: str, other: str) -> bool:
     return kernel.partition(".")[0] == other.partition(".")[0]
 
 
+def kernels_ms(call: Callable[[], None], repeat_ms: int, warmup_ms: int) -> float:
+    """Median milliseconds without the host, which launches some kernels more slowly than they run."""
+    return median_ms(call, device()) if device().type == "cpu" else replayed_ms(call, repeat_ms, warmup_ms)
+
+
 def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline: float, check_all: bool) -> None:
     """Time all candidates of a row briefly; check the present options and the best, and time those again, longer."""
     kernel = row.key[0]
@@ -126,7 +131,7 @@ def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline
                     shape.check()
                 calls = shape.passes()
                 span = (60, 25) if check else (15, 5)
-                ms = sum(median_ms(calls[name], device(), *span) for name in passes)
+                ms = sum(kernels_ms(calls[name], *span) for name in passes)
             result.ms[shape.label] = ms
             floor = moved_bytes(shape.operator, shape.inputs, [shape.cotangent], "fwd")  # only a weight: shapes count alike
             scores.append(math.log(ms / floor))

@@ -102,7 +102,7 @@ class Prepared:
         return "fwdbwd" in self.timing.directions
 
     def passes(self) -> dict[str, Any]:
-        """The forward and, on a graph that is kept, the backward alone."""
+        """The forward alone, and forward and backward: a backward cannot be replayed without what it goes back through."""
         leaves = {name: t.detach().requires_grad_() for name, t in self.inputs.items() if t.is_floating_point()}
 
         def forward() -> None:
@@ -111,11 +111,12 @@ class Prepared:
 
         if not self.has_backward:
             return {"forward": forward}
-        output = self.operator.op(**(self.inputs | leaves), **self.timing.options)[0]
-        return {
-            "forward": forward,
-            "backward": lambda: torch.autograd.grad(output, list(leaves.values()), self.cotangent, retain_graph=True),
-        }
+
+        def backward() -> None:
+            output = self.operator.op(**(self.inputs | leaves), **self.timing.options)[0]
+            torch.autograd.grad(output, list(leaves.values()), self.cotangent)
+
+        return {"forward": forward, "backward": backward}
 
     def results(self, inputs: dict[str, Any], cotangents: Sequence[Tensor | None], exact: bool = False) -> list[Tensor]:
         """Outputs and gradients, in a fixed order."""

@@ -7,7 +7,7 @@ from mmrec.ops.gated_scan.formula import LOG2E, decay_and_write, sigmoid_of_scal
 from mmrec.ops.primitives import last_group, load_starts, maps_before, starts_as_bits
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "reset_stride_B"])
 def backward_kernel(
     dh_ptr,
     dh_last_ptr,

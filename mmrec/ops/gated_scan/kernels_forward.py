@@ -35,7 +35,7 @@ def rows_of(tile, ROWS: tl.constexpr, BD: tl.constexpr, LEVELS: tl.constexpr):
     return rows
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "reset_stride_B"])
 def sequential_kernel(
     z_ptr,
     p_ptr,

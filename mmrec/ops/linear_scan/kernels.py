@@ -21,7 +21,7 @@ def decay_of(log_a, bits, j: tl.constexpr, HAS_RESET: tl.constexpr):
     return decay
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "reset_stride_B"])
 def forward_kernel(
     x_ptr,
     log_a_ptr,
@@ -99,7 +99,7 @@ def forward_kernel(
     tl.store(h_last_ptr + sequence * D + channel, carry, mask=in_D)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "reset_stride_B"])
 def backward_kernel(
     dh_ptr,
     dh_last_ptr,

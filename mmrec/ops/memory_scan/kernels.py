@@ -99,7 +99,7 @@ def decay_within(g, start, first, C: tl.constexpr, HAS_RESET: tl.constexpr, READ
     return tl.exp(tl.where(visible, difference, float("-inf")))
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "log_stride_b", "reset_stride_b"])
 def walk_kernel(
     reader_ptr,
     writer_ptr,
@@ -213,7 +213,7 @@ def walk_kernel(
     store_rows(last_ptr, state, k0, last_stride_k, last_stride_v, K, v0, V, BK, BV)
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "log_stride_b", "reset_stride_b"])
 def output_kernel(
     reader_ptr,
     writer_ptr,

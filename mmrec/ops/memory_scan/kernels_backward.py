@@ -6,7 +6,7 @@ import triton.language as tl
 from mmrec.ops.memory_scan.kernels import decay_within, final_decay, initial_decay, load_decays, load_rows, store_rows, wide
 
 
-@triton.jit(do_not_specialize=["T"])
+@triton.jit(do_not_specialize=["T", "log_stride_b", "reset_stride_b", "dlog_stride_block", "dlog_stride_b"])
 def gradient_kernel(
     q_ptr,
     k_ptr,

@@ -138,7 +138,9 @@ class _Scan:
             return Call(grid, numbers, self._constants() | options)
 
         launch(gradient_kernel, (q, k, v, dr, self.log_alpha, self.reset, M, dM, dq, dk, shares), prepare, *self._key(False))
-        if key_blocks > 1:
+        if key_blocks > 1 and dlog_alpha.dtype == torch.float32:
+            torch.sum(shares, 0, out=dlog_alpha)
+        elif key_blocks > 1:
             dlog_alpha.copy_(shares.sum(0))
 
 
