@@ -28,7 +28,7 @@ from mmrec.ops import tuning
 
 CANDIDATES = Path(__file__).parent / "tuning_candidates.json"
 TABLES = Path(tuning.__file__).parent / "tables"
-BEST = 3  # candidates of a row that are checked, timed at length and printed
+BEST = 2  # candidates of a row that are checked, timed at length and printed
 KEEP = 0.99  # the table's present options stay unless others take less than this share of their time
 
 

@@ -62,7 +62,7 @@ def _backward_fake(
     h0: Tensor | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dh0 = _forward_fake(z, p, log_gamma, w_g, h0, reset)[1]
+    dh0 = z.new_empty((z.shape[0], z.shape[2]), dtype=state_dtype(z, p, log_gamma, w_g, h0))
     return z.new_empty(z.shape), p.new_empty(p.shape), log_gamma.new_empty(log_gamma.shape), w_g.new_empty(w_g.shape), dh0
 
 

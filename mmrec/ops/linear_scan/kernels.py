@@ -79,8 +79,8 @@ def forward_kernel(
         for j in tl.static_range(G):
             row = group + j
             inside = (row < T - first_row) & in_D[None, :]  # rows past the end: a = 1, x = 0, which carries the state on
-            log_a = tl.load(log_a_tile + row * log_a_stride_T, mask=inside, other=0)
-            x = tl.load(x_tile + row * x_stride_T, mask=inside, other=0)
+            log_a = tl.load(log_a_tile + row * log_a_stride_T, mask=inside, other=0, eviction_policy="evict_first")
+            x = tl.load(x_tile + row * x_stride_T, mask=inside, other=0, eviction_policy="evict_first")
             decays = decays + (decay_of(log_a, bits, j, HAS_RESET),)
             xs = xs + (x.to(tl.float32),)
         group_a = decays[0]
@@ -210,8 +210,8 @@ def backward_kernel(
 
 
 def shape_class(batch: int, channels: int) -> str:
-    """`many` where stripes of 64 channels fill the multiprocessors of a large GPU, else `few`: narrower stripes, deeper pipelines."""
-    return "many" if batch * channels > 8192 else "few"
+    """By B·D: `few` up to one stripe of 32 channels a multiprocessor of a large GPU, `some` up to one of 64, `many` above."""
+    return "few" if batch * channels <= 32 * 132 else "some" if batch * channels <= 64 * 132 else "many"
 
 
 def launch_forward(x: Tensor, log_a: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:

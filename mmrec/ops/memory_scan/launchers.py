@@ -12,7 +12,7 @@ from mmrec.ops.memory_scan.kernels_backward import gradient_kernel
 from mmrec.ops.registration import INTERPRETED
 from mmrec.ops.tuning import launch_options
 
-_FEW_HEADS = 64  # sequences × heads below which a walk over time leaves most of the GPU idle unless a head is cut into more blocks
+_FEW_HEADS = 64  # blocks of 128 × 128 of all memories below which a walk over time leaves most of the GPU idle unless they are cut smaller
 
 
 def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, value_width: int) -> str:
@@ -20,7 +20,7 @@ def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, 
     if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
         return "fp32"
     width = min(max(power_of_two(max(key_width, value_width)), 64), 512)
-    return f"{width}_few" if batch_heads < _FEW_HEADS else f"{width}"
+    return f"{width}_few" if batch_heads * max(1, width // 128) ** 2 < _FEW_HEADS else f"{width}"
 
 
 def _blocks(options: dict[str, Any], **widths: int) -> dict[str, Any]:
