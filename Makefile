@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 RUN = $(VENV)/bin/python -m
 
-.PHONY: install fit test lint test-gpu clean
+.PHONY: install fit test lint test-gpu bench clean
 
 install: $(VENV)/installed
 
@@ -30,6 +30,10 @@ lint: install
 
 test-gpu: install
 	$(RUN) pytest -m gpu
+
+bench: install
+	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
+	$(VENV)/bin/python benchmarks/operators.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

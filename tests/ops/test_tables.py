@@ -60,7 +60,9 @@ def run(case: Case, dtype: torch.dtype, options: dict[str, Any], **sizes: int) -
 def test_every_row_that_a_launcher_asks_for_is_there(asked: Asked) -> None:
     for case, dtype in itertools.product(CASES, (torch.float32, torch.bfloat16, torch.float16)):
         wide = case.name == "memory_scan"
-        widths = [{"H": 2, "K": K, "V": K} for K in (20, 64, 128, 256, 512)] if wide else [{"D": D, "P": D // 4} for D in (20, 768, 1536, 4096)]
+        widths = (
+            [{"H": 2, "K": K, "V": K} for K in (20, 64, 128, 256, 512)] if wide else [{"D": D, "P": D // 4} for D in (20, 768, 1536, 4096)]
+        )
         kinds = [{"accum_dtype": kind} for kind in (torch.float32, torch.float64)] if case.name == "exp_product_scan" else [{}]
         for B, T, width, options in itertools.product((1, 4, 64), (1, 7, 300, 5000), widths, kinds):
             if B * T * width.get("D", 1024) <= 64 * 300 * 4096:
