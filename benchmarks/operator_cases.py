@@ -257,6 +257,7 @@ class Timing:
     gate_dtype: torch.dtype = torch.float32
     directions: tuple[str, ...] = ("fwd", "fwdbwd")
     state: bool = False
+    reset: bool = False  # with document starts, as packed training has them
     accum: torch.dtype | None = None
 
     @property
@@ -290,6 +291,8 @@ def timings(quick: bool, device: torch.device) -> list[Timing]:
     found += [Timing("memory_scan", Shape(4, 2048, 4096, H=heads)) for heads in (32, 8, 16, 64)]
     found += [Timing("memory_scan", Shape(b, t, 4096, H=32)) for b, t in ((1, 8192), (4, 8192), (1, 32768))]
     found += [Timing("memory_scan", Shape(8, 1, 4096, H=32), directions=("fwd",), state=True)]
+    packed = [("linear_scan", whole), ("gated_scan", dataclasses.replace(whole, P=4096)), ("memory_scan", dataclasses.replace(whole, H=32))]
+    found += [Timing(name, shape, reset=True) for name, shape in packed]
     if quick:
         return [next(timing for timing in found if timing.operator == name) for name in OPERATORS]
     return found

@@ -12,13 +12,15 @@ def label(row: dict[str, Any]) -> str:
     channels = f"H{row['H']}×{row['K']}" if row["H"] else f"D{row['D']}" + (f" P{row['P']}" if row["P"] not in (None, row["D"]) else "")
     gates = " bf16 gates" if row["gate_dtype"] == "bfloat16" else ""
     sums = " float64 sums" if row["accum_dtype"] == "float64" else ""
-    return f"{row['op']} B{row['B']} T{row['T']} {channels}{gates}{sums} {row['direction']}"
+    return f"{row['op']} B{row['B']} T{row['T']} {channels}{gates}{sums}{' packed' if row['reset'] else ''} {row['direction']}"
 
 
 def over_time(rows: Sequence[dict[str, Any]], direction: str) -> dict[str, list[tuple[int, float]]]:
     """Milliseconds per 1,000 tokens of memory_scan and of its peers by name, over the length, at HEADS heads."""
     lines: dict[str, list[tuple[int, float]]] = {}
-    wanted = [r for r in rows if r["op"] == "memory_scan" and r["H"] == HEADS and r["direction"] == direction and r["T"] > 1]
+    wanted = [
+        r for r in rows if r["op"] == "memory_scan" and r["H"] == HEADS and r["direction"] == direction and r["T"] > 1 and not r["reset"]
+    ]
     longest_batch = {r["T"]: max(o["B"] for o in wanted if o["T"] == r["T"]) for r in wanted}
     for row in sorted(wanted, key=lambda r: r["T"]):
         if row["B"] != longest_batch[row["T"]]:

@@ -70,7 +70,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
         graphs: whether calls are timed replayed from a CUDA graph, which leaves out the host.
     """
     operator, where, shape = OPERATORS[timing.operator], device(), timing.shape
-    new = lambda: draw(operator, shape, timing.dtype, timing.gate_dtype, where, state=timing.state)  # noqa: E731
+    new = lambda: draw(operator, shape, timing.dtype, timing.gate_dtype, where, state=timing.state, reset=timing.reset)  # noqa: E731
     inputs = new()
     with torch.no_grad():
         outputs = operator.op(**inputs, **timing.options)
@@ -91,7 +91,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
                 "op": timing.operator, "B": shape.B, "T": shape.T, "D": shape.D, "H": shape.H, "dtype": name_of(timing.dtype),
                 "direction": direction, "ms": ms, "floor_ms": floor, "bytes": moved, "copy_tbps": rates[0],
                 "gate_dtype": name_of(timing.gate_dtype), "max_rel_err": worst(own, timing, direction), "peers": {},
-                **place, "P": shape.P, "K": shape.K if shape.H else None, "flops": work, "gemm_tflops": rates[1],
+                **place, "P": shape.P, "reset": timing.reset, "K": shape.K if shape.H else None, "flops": work, "gemm_tflops": rates[1],
                 "share_of_floor": floor / ms, "eager_ms": eager, "accum_dtype": name_of(timing.accum) if timing.accum else None,
                 "err_at_this_shape": worst(here, timing, direction), "parity": "missed" if any(f.missed for f in own) else "ok",
             }
@@ -177,8 +177,9 @@ def table(rows: Sequence[Row]) -> Table:
             continue
         widths = f"H{row['H']}×{row['K']}" if row["H"] else f"D{row['D']}" + (f" P{row['P']}" if row["P"] not in (None, row["D"]) else "")
         error = "–" if row["max_rel_err"] is None else f"{row['max_rel_err']:.0e}"
+        shape = f"B{row['B']} T{row['T']} {widths}{' packed' if row['reset'] else ''}"
         found.add_row(
-            row["op"], f"B{row['B']} T{row['T']} {widths}", row["dtype"] + (f"/{row['accum_dtype']}" if row["accum_dtype"] else ""),
+            row["op"], shape, row["dtype"] + (f"/{row['accum_dtype']}" if row["accum_dtype"] else ""),
             row["gate_dtype"], row["direction"], f"{row['ms']:.4f}",
             f"{row['eager_ms']:.4f}", f"{row['floor_ms']:.4f}", f"{100 * row['share_of_floor']:.0f} %",
             error if row["parity"] == "ok" else f"[red]{error}[/red]",

@@ -56,15 +56,15 @@ def using(kernels: Kernels, forced: Forced = ()) -> Iterator[set[Key]]:
 def tuned_shapes(quick: bool) -> list[Timing]:
     """What is timed: the benchmark's shapes, where they fit sixteen times into the memory, and what reaches the remaining rows."""
     fp32 = torch.float32
-    found = [t for t in timings(quick, device()) if t.shape.B * t.shape.T * t.shape.D <= 2**27 and t.gate_dtype == fp32]
+    found = [t for t in timings(quick, device()) if t.shape.B * t.shape.T * t.shape.D <= 2**27 and t.gate_dtype == fp32 and not t.reset]
     if quick:
         return found
     for accum in (torch.float32, torch.float64):  # with a start, whose gradient has a kernel of its own
         found += [Timing("exp_product_scan", Shape(b, t, 4096), fp32, state=True, accum=accum) for b, t in ((1, 32768), (4, 2048))]
-    found += [Timing("memory_scan", Shape(b, t, 4096, H=4096 // k)) for b, t, k in ((8, 2048, 512), (1, 8192, 256))]
-    found += [Timing("memory_scan", Shape(1, 8192, 2048, H=32))]
-    for batch, width in ((8, 512), (1, 128), (1, 512)):
-        found += [Timing("memory_scan", Shape(batch, 1, 4096, H=4096 // width), directions=("fwd",), state=True)]
+    few = [(32, 64), (8, 256), (2, 512)]  # heads of one sequence, and their width
+    found += [Timing("memory_scan", Shape(1, 8192, heads * width, H=heads)) for heads, width in few]
+    for batch, heads, width in ((8, 8, 512), (1, 32, 128), (1, 2, 512)):
+        found += [Timing("memory_scan", Shape(batch, 1, heads * width, H=heads), directions=("fwd",), state=True)]
     found += [Timing("memory_scan", Shape(2, 2048, 1024, H=8), fp32)]
     return found
 
@@ -172,7 +172,7 @@ def compile_one(job: tuple[Timing, Kernels, Forced]) -> float:
     with using(kernels, forced):
         begin = time.perf_counter()
         operator = OPERATORS[timing.operator]
-        inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state)
+        inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state, reset=timing.reset)
         output = operator.op(**inputs, **timing.options)[0]
         if "fwdbwd" in timing.directions:
             run(operator.op, inputs, [torch.randn_like(output), None], timing.options)
@@ -184,7 +184,7 @@ def rows_read(job: tuple[Timing, Kernels, Forced]) -> dict[str, list[Key]]:
     """In a process of its own: which rows of the table the forward and the backward of a shape read, with these options forced."""
     timing, kernels, forced = job
     operator = OPERATORS[timing.operator]
-    inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state)
+    inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, device(), state=timing.state, reset=timing.reset)
     leaves = {name: t.requires_grad_() for name, t in inputs.items() if t.is_floating_point() and "fwdbwd" in timing.directions}
     with using(kernels, forced) as used:
         output = operator.op(**(inputs | leaves), **timing.options)[0]
