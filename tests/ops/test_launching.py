@@ -1,0 +1,107 @@
+"""What is remembered of a launch, with a kernel that only notes how it was called."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmrec.ops import launching
+from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
+from mmrec.ops.tuning import overridden
+
+
+class Kernel:
+    """Compiles on the slow way, `kernel[grid](…)`, and notes what runs on either."""
+
+    arg_names = ("x", "y", "size", "stride", "BLOCK", "FLAG")
+
+    def __init__(self) -> None:
+        self.compiled: list[dict[str, Any]] = []
+        self.ran: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def slow(*arguments: Any, **named: Any) -> Any:
+            self.compiled.append(named)
+            self.ran.append((grid, *arguments, named["BLOCK"], named["FLAG"]))
+            return fast
+
+        class Fast:
+            def __getitem__(_, grid: tuple[int, ...]) -> Any:  # noqa: N805
+                return lambda *arguments: self.ran.append((grid, *arguments))
+
+        fast = Fast()
+        return slow
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(launching, "_KNOWN", {})
+    monkeypatch.setattr(launching, "INTERPRETED", False)
+    return Kernel()
+
+
+def run(kernel: Kernel, x: Tensor, y: Tensor | None = None, flag: bool = False) -> None:
+    launch(kernel, (x, y), lambda: Call((x.shape[0],), (x.shape[1], x.stride(0)), {"num_warps": 4, "FLAG": flag, "BLOCK": 16}), flag)
+
+
+def test_a_second_launch_passes_what_the_first_did(kernel: Kernel) -> None:
+    x = torch.zeros(3, 8)
+    run(kernel, x)
+    other = torch.ones(3, 8)
+    run(kernel, other)
+    assert len(kernel.compiled) == 1
+    first, second = kernel.ran
+    assert first[0] == (3,)
+    assert second[0] == (3, 1, 1)
+    assert second[1] is other  # the tensors are the new ones, not remembered ones
+    assert first[2:] == second[2:] == (None, 8, 8, 16, False)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"x": torch.zeros(4, 8)},
+        {"x": torch.zeros(3, 16)[:, :8]},
+        {"x": torch.zeros(3, 8, dtype=torch.bfloat16)},
+        {"x": torch.zeros(25)[1:].view(3, 8)},  # four bytes off an aligned address
+        {"y": torch.zeros(3)},
+        {"flag": True},
+    ],
+    ids=["shape", "strides", "dtype", "alignment", "presence", "constant"],
+)
+def test_anything_that_changes_the_kernel_is_asked_for_again(kernel: Kernel, changed: dict[str, Any]) -> None:
+    arguments = {"x": torch.zeros(3, 8)}
+    run(kernel, **arguments)
+    run(kernel, **(arguments | changed))
+    assert len(kernel.compiled) == 2
+
+
+def test_other_options_are_not_answered_from_memory(kernel: Kernel) -> None:
+    x = torch.zeros(3, 8)
+    run(kernel, x)
+    with overridden(**{"some.kernel": {"BLOCK": 32}}):
+        run(kernel, x)
+    run(kernel, x)
+    assert len(kernel.compiled) == 3
+
+
+def test_two_kernels_do_not_answer_for_each_other(kernel: Kernel) -> None:
+    other, x = Kernel(), torch.zeros(3, 8)
+    run(kernel, x)
+    run(other, x)
+    assert len(kernel.compiled) == len(other.compiled) == 1
+
+
+def test_the_memory_is_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_LIMIT", 4)
+    for length in range(1, 11):
+        run(kernel, torch.zeros(length, 8))
+    assert len(launching._KNOWN) <= 4
+
+
+def test_plain_arithmetic() -> None:
+    assert [blocks(size, 4) for size in (1, 4, 5)] == [1, 1, 2]
+    assert [power_of_two(size) for size in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
+    assert strides(None, 2) == (0, 0)
+    assert strides(torch.zeros(2, 3), 2) == (3, 1)
