@@ -178,6 +178,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--only", help="operators or kernels, separated by commas: linear_scan,gated_scan.backward")
+    parser.add_argument("--rows", help="shape classes, separated by commas: 512,512_few; all of them otherwise")
     parser.add_argument("--candidates", type=Path, default=CANDIDATES, help="JSON: kernel → shape class → list of options")
     parser.add_argument("--output", type=Path, help="a folder for the table and all timings")
     parser.add_argument("--seconds", type=float, default=280, help="what is not measured by then is left out")
@@ -204,6 +205,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.only:
         names = options.only.split(",")
         wanted = {kernel: rows for kernel, rows in wanted.items() if kernel in names or kernel.partition(".")[0] in names}
+    if options.rows:
+        wanted = {kernel: {row: o for row, o in rows.items() if row in options.rows.split(",")} for kernel, rows in wanted.items()}
     place = machine(where)
     name = "sm{}{}".format(*torch.cuda.get_device_capability(where)) if where.type == "cuda" else "sm90"
     kernels: Kernels = json.loads(json.dumps(tuning.read_table(tuning.architecture(where.index))["kernels"]))
@@ -244,11 +247,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         report(row, chosen)
 
     table = tuning.read_table(tuning.architecture(where.index))
-    command = "python benchmarks/tune_operators.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    chosen_rows = {name: getattr(options, name) for name in ("only", "rows") if getattr(options, name)}
+    command = " ".join(["python benchmarks/tune_operators.py", *(f"--{name} {value}" for name, value in chosen_rows.items())])
     table = table | {
         "machine": place["gpu"],
         **{k: place[k] for k in ("torch", "triton", "date")},
-        "command": command.strip(),
+        "command": command,
         "kernels": kernels,
     }
     content = (json.dumps(table, indent=1) + "\n").encode()
@@ -258,7 +262,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         write_atomically(options.output / f"{name}.json", content)
         every = [{"kernel": r.key[0], "class": r.key[1], "context": r.context, **vars(c), "score": c.score if c.failure is None else None}
                  for r in rows for c in r.results]  # fmt: skip
-        full = {**place, "command": command.strip(), "candidates": every}
+        full = {**place, "command": command, "candidates": every}
         write_atomically(options.output / f"tuning_{short_name(place['gpu'])}.json", (json.dumps(full, indent=1) + "\n").encode())
     print(f"{total} candidates, {time.monotonic() - begin:.0f} s")
     return 0 if complete else 1
