@@ -223,7 +223,7 @@ def moved_bytes(operator: Operator, inputs: dict[str, Tensor], outputs: Sequence
     Forward: every input read once, every output (the last state too) written once. Forward+backward adds the cotangent of the first
     output and what the backward needs (`backward_reads`), each read once, and a gradient a floating-point input, written once. With
     bf16 values and fp32 gates, per element: linear_scan 2+4+2 = 8 and 8 + (2 + 4+2 + 2+4) = 22; gated_scan with P = D 2+2+4+2 = 10 and
-    10 + (2 + 2+2+4+2 + 2+2+4) = 30; exp_product_scan in fp32 8 and 8 + (4 + 4 + 4) = 20.
+    10 + (2 + 2+2+4+2 + 2+2+4) = 30; exp_product_scan in fp32 8 and 8 + (4 + 4 + 4) = 20: a backward is another pass over its inputs.
     """
     moved = sum(t.nbytes for t in inputs.values()) + sum(t.nbytes for t in outputs)
     if direction == "fwd":

@@ -124,7 +124,7 @@ def input_sets(moved: int, where: torch.device) -> int:
     """How many sets of inputs to rotate among so that none is found in the cache: one where a row's tensors exceed it anyway.
 
     do_bench clears the cache as well, but not during its warm-up, and a write-back cache may keep part of what it was cleared with;
-    with several sets the figure does not hang on that.
+    with several sets the figure of calls from Python does not hang on that. A replayed graph holds one set: its figure does.
     """
     if where.type == "cpu":
         return 1

@@ -1,7 +1,8 @@
 """The four recurrences of MM-Rec.
 
-Every operator is a folder: `naive.py` is the truth, a plain loop; `pytorch.py` computes the same in few passes. States and
-log-decays are fp32 inside, whatever the inputs' dtype.
+Every operator is a folder: `naive.py` is the truth, a plain loop; `kernels*.py` are the Triton kernels, which run on CUDA and, with
+`TRITON_INTERPRET=1` set before Python starts, on a CPU; `pytorch.py` is what runs on a CPU otherwise, and for float64 everywhere. States
+and log-decays are fp32 inside, whatever the inputs' dtype.
 """
 
 from mmrec.ops.exp_product_scan import exp_product_scan

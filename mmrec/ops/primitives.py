@@ -10,6 +10,8 @@ Written with Triton's language alone, so that kernels compile without the rest o
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+
 
 @triton.jit
 def _compose(first_a, first_h, before_a, before_h, second_a, second_h, inner_a, inner_h):

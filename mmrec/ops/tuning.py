@@ -49,6 +49,11 @@ def launch_options(kernel: str, shape_class: str, device: torch.device) -> dict[
     return options
 
 
+def channel_class(batch: int, channels: int) -> str:
+    """`many` where stripes of 64 channels, or two warps of one channel a thread, fill the multiprocessors of a large GPU, else `few`."""
+    return "many" if batch * channels > 8192 else "few"
+
+
 @contextmanager
 def overridden(**options: dict[str, Any]) -> Iterator[None]:
     """Run kernels with other options, for tuning and for tests: `overridden(**{"linear_scan.forward": {...}})`."""

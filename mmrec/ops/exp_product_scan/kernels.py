@@ -6,10 +6,9 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch, strides
-from mmrec.ops.primitives import last_group, sums_before
-from mmrec.ops.tuning import launch_options
+from mmrec.ops.primitives import LOG2E, last_group, sums_before
+from mmrec.ops.tuning import channel_class, launch_options
 
-LOG2E = tl.constexpr(1.4426950408889634)
 ROUNDER = tl.constexpr(6755399441055744.0)  # 1.5 · 2^52: added to a float64, it leaves the nearest integer in the low bits
 
 
@@ -220,7 +219,7 @@ def start_gradient_kernel(
 
 def shape_class(batch: int, channels: int, accum_dtype: torch.dtype) -> str:
     """`many …` where stripes of 64 channels fill the multiprocessors of a large GPU, else `few …`; `… float64` needs more registers."""
-    return f"{'many' if batch * channels > 8192 else 'few'} {'float64' if accum_dtype == torch.float64 else 'float32'}"
+    return f"{channel_class(batch, channels)} {'float64' if accum_dtype == torch.float64 else 'float32'}"
 
 
 def launch_forward(log_gamma: Tensor, y0: Tensor | None, accum_dtype: torch.dtype) -> tuple[Tensor, Tensor]:

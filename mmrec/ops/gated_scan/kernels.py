@@ -10,12 +10,7 @@ from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
 from mmrec.ops.gated_scan.kernels_newton import newton_kernel
 from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.registration import INTERPRETED
-from mmrec.ops.tuning import launch_options
-
-
-def scan_class(batch: int, channels: int) -> str:
-    """Shape class of the elementwise kernels: `few` where a thread for each channel fills less than two warps a multiprocessor."""
-    return "few" if batch * channels <= 8192 else "many"
+from mmrec.ops.tuning import channel_class, launch_options
 
 
 def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -28,9 +23,10 @@ def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Ten
     h, h_last = _outputs(z)
 
     def prepare() -> Call:
-        options = launch_options("gated_scan.forward", scan_class(batch, channels), z.device)
+        options = launch_options("gated_scan.forward", channel_class(batch, channels), z.device)
         numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
-        return Call((blocks(channels, options["BD"]), batch), numbers, flags | options)
+        grouped = {"GROUPED": p.shape[-1] < channels}
+        return Call((blocks(channels, options["BD"]), batch), numbers, flags | grouped | options)
 
     launch(sequential_kernel, (z, p, log_gamma, w_g, h0, reset, h, h_last), prepare)
     return h, h_last
@@ -70,7 +66,7 @@ def _forward_arguments(
     """What both forward kernels take beside their tensors: sizes and strides, flags."""
     group = z.shape[2] // p.shape[-1]
     numbers = (z.shape[1], z.shape[2], group, *z.stride(), *p.stride(), *log_gamma.stride(), w_g.stride(0))
-    flags = {"GROUPED": group > 1, "HAS_H0": h0 is not None, "HAS_RESET": reset is not None, "INTERPRETED": INTERPRETED}
+    flags = {"HAS_H0": h0 is not None, "HAS_RESET": reset is not None, "INTERPRETED": INTERPRETED}
     return (*numbers, *strides(h0, 2), *strides(reset, 2)), flags
 
 
@@ -92,7 +88,7 @@ def launch_backward(
 ) -> None:
     """Write the gradients into the given tensors, of any strides; `dw_g` and a grouped `dp` are summed in two fixed stages."""
     batch, time, channels = z.shape
-    options = launch_options("gated_scan.backward", scan_class(batch, channels), z.device)
+    options = launch_options("gated_scan.backward", channel_class(batch, channels), z.device)
     group = channels // p.shape[-1]
     # The kernel sums what lies in one stripe, which a power of two does; the rest is summed from fp32 partial sums.
     summed = min(group, options["BD"]) if group & (group - 1) == 0 else 1

@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from mmrec.ops.gated_scan.formula import LOG2E, decay_and_write, sigmoid_of_scaled
-from mmrec.ops.primitives import last_group, load_starts, maps_before, starts_as_bits
+from mmrec.ops.gated_scan.formula import decay_and_write, sigmoid_of_scaled
+from mmrec.ops.primitives import LOG2E, last_group, load_starts, maps_before, starts_as_bits
 
 
 @triton.jit(do_not_specialize=["T", "reset_stride_B"])

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from mmrec.ops.gated_scan.formula import LOG2E, decay_and_write, sigmoid_of_scaled
+from mmrec.ops.gated_scan.formula import decay_and_write, sigmoid_of_scaled
+from mmrec.ops.primitives import LOG2E
 
 
 @triton.jit

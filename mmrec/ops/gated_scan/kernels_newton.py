@@ -8,9 +8,9 @@ channels, where a loop over time leaves the machine idle.
 import triton
 import triton.language as tl
 
-from mmrec.ops.gated_scan.formula import LOG2E, decay_and_write, sigmoid_of_scaled
+from mmrec.ops.gated_scan.formula import decay_and_write, sigmoid_of_scaled
 from mmrec.ops.gated_scan.kernels_forward import step
-from mmrec.ops.primitives import last_group, maps_before
+from mmrec.ops.primitives import LOG2E, last_group, maps_before
 
 TOLERANCE = tl.constexpr(1e-6)
 ROUNDING = tl.constexpr(2.4e-7)  # four units in the last place: what an fp32 step of the linear recurrence may be off by
@@ -85,7 +85,6 @@ def newton_kernel(
     BD: tl.constexpr,
     R: tl.constexpr,
     G: tl.constexpr,
-    GROUPED: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_RESET: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -101,8 +100,7 @@ def newton_kernel(
     inside_D = channel < D
     inside = inside_D[None, :]
     row = tl.arange(0, R)[:, None] * G
-    w_D = tl.load(w_g_ptr + channel * w_g_stride, mask=inside_D, other=0.0).to(tl.float32)
-    w_scaled_D = w_D * -LOG2E
+    w_scaled_D = tl.load(w_g_ptr + channel * w_g_stride, mask=inside_D, other=0.0).to(tl.float32) * -LOG2E
     z_base = z_ptr + batch * z_stride_B + channel * z_stride_D
     p_base = p_ptr + batch * p_stride_B + (channel // group) * p_stride_D
     log_gamma_base = log_gamma_ptr + batch * log_gamma_stride_B + channel * log_gamma_stride_D
@@ -132,11 +130,13 @@ def newton_kernel(
                 gamma = tl.where(begins, 0.0, gamma)
                 w = tl.where(begins, 0.0, w)
             largest = tl.maximum(largest, tl.abs(z))
-            us = us + (write * z,)
+            u = write * z
+            p_scaled = p * -LOG2E
+            us = us + (u,)
             gammas = gammas + (gamma,)
-            ps = ps + (p * -LOG2E,)
+            ps = ps + (p_scaled,)
             ws = ws + (w,)
-            linear = linear + (write * z * sigmoid_of_scaled(p * -LOG2E, INTERPRETED),)
+            linear = linear + (u * sigmoid_of_scaled(p_scaled, INTERPRETED),)
         ceiling = tl.max(largest) * TOLERANCE
         states, entering = solve_linear(gammas, linear, carry, G, R, BD)
 

@@ -6,10 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch, strides
-from mmrec.ops.primitives import last_group, load_starts, maps_before, starts_as_bits
+from mmrec.ops.primitives import LOG2E, last_group, load_starts, maps_before, starts_as_bits
 from mmrec.ops.tuning import launch_options
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
