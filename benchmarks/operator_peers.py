@@ -16,7 +16,7 @@ from types import FrameType
 import torch
 import torch.nn.functional as F
 from operator_cases import Shape, Timing
-from operator_timing import kernel_ms, median_ms
+from operator_timing import Clocked, kernel_ms, median_ms
 from processes import Failure, guarded, reason_of
 from torch import Tensor
 
@@ -150,19 +150,22 @@ def time_limit(seconds: float) -> Iterator[None]:
 class Peers:
     """The peers chosen, and what each has used of its budget."""
 
-    def __init__(self, chosen: str, budget: float, where: torch.device) -> None:
-        """`chosen` is "none", "fast" (those that need no tuning at their first call) or "all"; `budget` is seconds a peer."""
+    def __init__(self, chosen: str, budget: float, where: torch.device, graphs: bool = True) -> None:
+        """`chosen` is "none", "fast" (those that need no tuning at their first call) or "all"; `budget` is seconds a peer.
+
+        `graphs` as in `kernel_ms`: others' calls are timed as ours are.
+        """
         self.names = [name for name, (_, fast, _) in PEERS.items() if chosen == "all" or (chosen == "fast" and fast)]
-        self.budget, self.where = budget, where
+        self.budget, self.where, self.graphs = budget, where, graphs
         self.spent = dict.fromkeys(PEERS, 0.0)
 
     def of(self, timing: Timing) -> list[str]:
         """Those that compute what this row computes; a decoding step has none."""
         return [name for name in self.names if timing.operator in PEERS[name][0] and timing.shape.T > 1]
 
-    def measure(self, name: str, timing: Timing, inputs: dict[str, Tensor]) -> tuple[dict[str, float | None], str | None]:
-        """Milliseconds by direction, and why one of them is null; the reason is printed too."""
-        found: dict[str, float | None] = dict.fromkeys(timing.directions)
+    def measure(self, name: str, timing: Timing, inputs: dict[str, Tensor]) -> tuple[dict[str, Clocked | None], str | None]:
+        """Times by direction, and why one of them is null; the reason is printed too."""
+        found: dict[str, Clocked | None] = dict.fromkeys(timing.directions)
         reason = None
         begin = time.monotonic()
         try:
@@ -172,10 +175,11 @@ class Peers:
                 function, tensors = PEERS[name][2](inputs, timing)
                 with torch.no_grad():
                     cotangent = torch.randn_like(function(*tensors))
-                    found["fwd"] = kernel_ms(lambda: function(*tensors), self.where)[0]
+                    found["fwd"] = kernel_ms([lambda: function(*tensors)], self.where, self.graphs)
                 if "fwdbwd" in found:
                     leaves = [tensor.detach().requires_grad_() for tensor in tensors]
-                    found["fwdbwd"] = kernel_ms(lambda: torch.autograd.grad(function(*leaves), leaves, cotangent), self.where)[0]
+                    both = lambda: torch.autograd.grad(function(*leaves), leaves, cotangent)  # noqa: E731
+                    found["fwdbwd"] = kernel_ms([both], self.where, self.graphs)
         except Exception as error:  # somebody else's code: whatever it raises is the reason there is no figure
             reason = str(error) if isinstance(error, UnsuitableError) else reason_of(error)
             missing = ", ".join(direction for direction, ms in found.items() if ms is None)

@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from processes import Failure, guarded
@@ -82,36 +82,52 @@ def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int =
     return float(do_bench(function, warmup=warmup_ms, rep=max(repeat_ms, int(10 * single)), return_mode="median"))
 
 
-def replayed_ms(function: Callable[[], Any], repeat_ms: int = 100, warmup_ms: int = 25) -> float:
-    """Median milliseconds of the call's kernels alone, replayed from a CUDA graph by `do_bench`."""
+def replayed_ms(functions: Sequence[Callable[[], Any]], repeat_ms: int = 100, warmup_ms: int = 25) -> float:
+    """Median milliseconds of a call's kernels alone, by `do_bench`: the functions, replayed in turn from a CUDA graph each."""
     from triton.testing import do_bench
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(3):
-            function()
+        for function in functions:
+            for _ in range(3):
+                function()
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        function()
-    return float(do_bench(graph.replay, warmup=warmup_ms, rep=repeat_ms, return_mode="median"))
+    graphs = [torch.cuda.CUDAGraph() for _ in functions]
+    for graph, function in zip(graphs, functions, strict=True):
+        with torch.cuda.graph(graph):
+            function()
+    return float(do_bench(rotating([graph.replay for graph in graphs]), warmup=warmup_ms, rep=repeat_ms, return_mode="median"))
 
 
-def kernel_ms(function: Callable[[], Any], where: torch.device, replay: bool = True) -> tuple[float, float]:
-    """Median milliseconds of a call as its kernels alone take them, and of the call as it is, the host included.
+class Clocked(NamedTuple):
+    """Median milliseconds of a call.
 
-    A call of some 0.1 ms is launched more slowly than it runs, autograd's part above all; in a training step the host keeps ahead. Calls
-    that cannot be captured in a graph, or are long enough, give the second figure twice.
+    Attributes:
+        ms: of its kernels alone, where they were replayed from a graph.
+        eager_ms: of the call from Python, the host included.
+        replayed: whether `ms` comes from a graph; it is `eager_ms` otherwise.
     """
-    eager = median_ms(function, where)
-    if not replay or where.type == "cpu" or eager > SHORT:
-        return eager, eager
-    replayed = guarded(replayed_ms, function)
+
+    ms: float
+    eager_ms: float
+    replayed: bool
+
+
+def kernel_ms(functions: Sequence[Callable[[], Any]], where: torch.device, graphs: bool = True) -> Clocked:
+    """Time a call, given once for each set of inputs, both ways.
+
+    A call of some 0.1 ms is launched more slowly than it runs, autograd's part above all; in a training step the host keeps ahead. One
+    that cannot be captured in a graph, or is long enough, is timed from Python alone.
+    """
+    eager = median_ms(rotating(functions), where)
+    if not graphs or where.type == "cpu" or eager > SHORT:
+        return Clocked(eager, eager, False)
+    replayed = guarded(replayed_ms, functions)
     if isinstance(replayed, Failure):
         print(f"no graph: {replayed.reason}", flush=True)
-        return eager, eager
-    return replayed, eager
+        return Clocked(eager, eager, False)
+    return Clocked(replayed, eager, True)
 
 
 def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -123,8 +139,7 @@ def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 def input_sets(moved: int, where: torch.device) -> int:
     """How many sets of inputs to rotate among so that none is found in the cache: one where a row's tensors exceed it anyway.
 
-    do_bench clears the cache as well, but not during its warm-up, and a write-back cache may keep part of what it was cleared with;
-    with several sets the figure of calls from Python does not hang on that. A replayed graph holds one set: its figure does.
+    do_bench clears the cache as well, but not during its warm-up, and a write-back cache may keep part of what it was cleared with.
     """
     if where.type == "cpu":
         return 1

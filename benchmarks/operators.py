@@ -27,7 +27,6 @@ from operator_timing import (
     kernel_ms,
     machine,
     product_rate,
-    rotating,
     short_name,
     synchronize,
 )
@@ -42,8 +41,8 @@ RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
 
 
-def calls(timing: Timing, direction: str, sets: Sequence[dict[str, Any]], cotangent: Tensor) -> Callable[[], Any]:
-    """What is timed: the public function on each set of inputs in turn, with its gradients where the direction asks for them."""
+def calls(timing: Timing, direction: str, sets: Sequence[dict[str, Any]], cotangent: Tensor) -> list[Callable[[], Any]]:
+    """What is timed: the public function on each set of inputs, with its gradients where the direction asks for them."""
     operator = OPERATORS[timing.operator]
 
     def forward(inputs: dict[str, Any]) -> Callable[[], Any]:
@@ -58,7 +57,7 @@ def calls(timing: Timing, direction: str, sets: Sequence[dict[str, Any]], cotang
         # The last state is used by nothing, as in training.
         return lambda: torch.autograd.grad(operator.op(**(inputs | leaves), **timing.options)[0], list(leaves.values()), cotangent)
 
-    return rotating([forward(inputs) if direction == "fwd" else both(inputs) for inputs in sets])
+    return [forward(inputs) if direction == "fwd" else both(inputs) for inputs in sets]
 
 
 def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding], place: dict[str, Any], graphs: bool) -> list[Row]:
@@ -82,8 +81,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
         moved = moved_bytes(operator, inputs, outputs, direction)
         work = flops(operator, shape, direction)
         sets = [inputs] + [new() for _ in range(input_sets(moved, where) - 1)]
-        call = calls(timing, direction, sets, cotangent)
-        ms, eager = kernel_ms(call, where, graphs)
+        ms, eager, replayed = kernel_ms(calls(timing, direction, sets, cotangent), where, graphs)
         floor = max(moved / rates[0], work / rates[1]) / 1e9
         own = [f for f in findings if f.operator == timing.operator]
         rows.append(
@@ -92,7 +90,8 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
                 "direction": direction, "ms": ms, "floor_ms": floor, "bytes": moved, "copy_tbps": rates[0],
                 "gate_dtype": name_of(timing.gate_dtype), "max_rel_err": worst(own, timing, direction), "peers": {},
                 **place, "P": shape.P, "reset": timing.reset, "K": shape.K if shape.H else None, "flops": work, "gemm_tflops": rates[1],
-                "share_of_floor": floor / ms, "eager_ms": eager, "accum_dtype": name_of(timing.accum) if timing.accum else None,
+                "share_of_floor": floor / ms, "eager_ms": eager, "replayed": replayed,
+                "accum_dtype": name_of(timing.accum) if timing.accum else None,
                 "err_at_this_shape": worst(here, timing, direction), "parity": "missed" if any(f.missed for f in own) else "ok",
             }
         )  # fmt: skip
@@ -112,10 +111,13 @@ def add_peers(peers: Peers, measured: Sequence[tuple[Timing, list[Row]]], save: 
             inputs = draw(operator, timing.shape, timing.dtype, timing.gate_dtype, where)
             found, reason = peers.measure(name, timing, inputs)
             for row in rows:
-                row["peers"][name] = found[row["direction"]]
+                clocked = found[row["direction"]]
+                row["peers"][name] = clocked and clocked.ms
                 row.setdefault("peer_versions", {}).update(versions([name]))
-                if found[row["direction"]] is None and reason:
+                if clocked is None and reason:
                     row.setdefault("peer_notes", {})[name] = reason
+                elif clocked and clocked.replayed != row["replayed"]:
+                    row.setdefault("peer_notes", {})[name] = "replayed from a graph" if clocked.replayed else "timed from Python"
         save()
 
 
@@ -283,7 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             broken = True
             print(f"NOT MEASURED: the first call with an empty cache: {reason_of(error)}", flush=True)
     save()
-    add_peers(Peers(options.peers or ("none" if options.quick else "all"), options.peer_seconds, where), measured, save)
+    peers = Peers(options.peers or ("none" if options.quick else "all"), options.peer_seconds, where, options.graphs == "yes")
+    add_peers(peers, measured, save)
     print(f"device copy at the end {copy_rate(where):.3f} TB/s", flush=True)
     draw_plot(rows, options.plot or output.with_suffix(".svg"))
     Console(width=None if sys.stdout.isatty() else 200).print(table(rows))

@@ -115,7 +115,7 @@ def shared(kernel: str, other: str) -> bool:
 
 def kernels_ms(call: Callable[[], None], repeat_ms: int, warmup_ms: int) -> float:
     """Median milliseconds without the host, which launches some kernels more slowly than they run."""
-    return median_ms(call, device()) if device().type == "cpu" else replayed_ms(call, repeat_ms, warmup_ms)
+    return median_ms(call, device()) if device().type == "cpu" else replayed_ms([call], repeat_ms, warmup_ms)
 
 
 def time_row(row: Row, prepared: dict[int, Prepared], kernels: Kernels, deadline: float, check_all: bool) -> None:

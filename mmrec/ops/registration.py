@@ -33,8 +33,15 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 
 
 def register_backward(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give a functional operator its autograd formula."""
-    torch.library.register_autograd(operator, backward, setup_context=setup_context, lib=_LIBRARY)
+    """Give a functional operator its autograd formula, of first order: with `create_graph=True` it raises RuntimeError."""
+
+    def first_order(ctx: Any, *gradients: Tensor | None) -> Any:
+        if torch.is_grad_enabled():  # the engine's way of saying create_graph; without this the second derivative would lack a part
+            name = operator.name().partition("::")[2].partition(".")[0]
+            raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True, or use {name}_naive")
+        return backward(ctx, *gradients)
+
+    torch.library.register_autograd(operator, first_order, setup_context=setup_context, lib=_LIBRARY)
 
 
 def runs_kernel(reference: Tensor, dtype: torch.dtype) -> bool:

@@ -1,9 +1,12 @@
-"""What was called: the operators of ours that torch dispatched, with their arguments."""
+"""What was called: the operators of ours that torch dispatched, with their arguments, and the kernels that ran."""
 
+import importlib
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
-from cases import Case, Setting
+from cases import LAUNCHERS, Case, Setting
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +27,22 @@ class RecordedOperators(TorchDispatchMode):
     def names(self) -> list[str]:
         """In the order of the calls."""
         return [name for name, _ in self.calls]
+
+
+def recorded_launches(monkeypatch: pytest.MonkeyPatch, cases: Iterable[Case]) -> list[str]:
+    """A list that gets `<op>` where the kernels of an operator run and `<op>_bwd` where those of its backward do."""
+    launched: list[str] = []
+    for case in cases:
+        module = importlib.import_module(f"mmrec.ops.{case.name}.{LAUNCHERS.get(case.name, 'kernels')}")
+        for name, entry in (("launch_forward", case.name), ("launch_backward", f"{case.name}_bwd")):
+            original = getattr(module, name)
+
+            def noted(*args: Any, _entry: str = entry, _original: Any = original) -> Any:
+                launched.append(_entry)
+                return _original(*args)
+
+            monkeypatch.setattr(module, name, noted)
+    return launched
 
 
 def operator(name: str) -> Any:

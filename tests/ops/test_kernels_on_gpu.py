@@ -1,7 +1,8 @@
 """What only a GPU shows of the kernels: the same bits twice, no compilation for another length, addresses beyond 2^31."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -52,10 +53,13 @@ def test_another_length_compiles_nothing(case: Case, setting: Setting, time: int
 
 
 TIME, ROW = 131072, 24576  # elements: 6.4 GB of bf16, whose last row lies 3.2e9 elements behind the first
+STRIDE = 1_200_000_000  # elements: twice that lies beyond 2^31
+Layout = Callable[[list[Tensor]], list[Tensor]]
 
 
-def in_wide_rows(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors as slices of the buffer's rows, all but the first at the row's end."""
+def in_wide_rows(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors as slices of a buffer's rows, all but the first at the row's end."""
+    buffer = torch.empty(1, TIME, ROW, dtype=torch.bfloat16, device="cuda")
     views, begin = [], 0
     for tensor in tensors:
         width = tensor[0, 0].numel()
@@ -64,27 +68,66 @@ def in_wide_rows(buffer: Tensor, tensors: list[Tensor]) -> list[Tensor]:
     return views
 
 
-@by_name
-@in_settings([(GPU_LOW[2].resized(B=1, D=64, P=16, H=1, K=64, V=64), TIME)])
-def test_rows_beyond_the_range_of_32_bits(case: Case, setting: Setting, time: int) -> None:
+def spread(tensors: list[Tensor], dim: int) -> list[Tensor]:
+    """The tensors side by side in a buffer in which one of their dimensions has an enormous stride."""
+    buffer = torch.empty(2 * STRIDE + 2**16 * len(tensors), dtype=torch.bfloat16, device="cuda")
+    views = []
+    for i, tensor in enumerate(tensors):
+        strides = list(tensor.stride())
+        strides[min(dim, tensor.ndim - 1)] = STRIDE
+        views.append(buffer.as_strided(tensor.shape, strides, 2**16 * i).copy_(tensor))
+    return views
+
+
+def assert_layout_changes_nothing(case: Case, setting: Setting, time: int, lay_out: Layout) -> None:
+    """Inputs, cotangents and gradients of channels, all of them bf16, in another layout give what compact ones do."""
     arguments = recorded_arguments(case, setting, time)
-    buffer = torch.empty(1, time, ROW, dtype=torch.bfloat16, device=setting.device)
+
+    def long(tensors: Sequence[Any]) -> list[int]:
+        tokens = (setting.sizes["B"], time)
+        return [i for i, t in enumerate(tensors) if isinstance(t, Tensor) and t.shape[:2] == tokens and t.dtype == torch.bfloat16]
+
     for name in (case.name, f"{case.name}_bwd"):
         compact = arguments[name]
         expected = operator(name)(*compact)
-        long = [i for i, a in enumerate(compact) if isinstance(a, Tensor) and a.shape[:2] == (1, time) and a.dtype == torch.bfloat16]
-        assert long
         args = list(compact)
-        for i, view in zip(long, in_wide_rows(buffer, [compact[i] for i in long]), strict=True):
+        assert long(compact)
+        for i, view in zip(long(compact), lay_out([compact[i] for i in long(compact)]), strict=True):
             args[i] = view
         for actual, same in zip(operator(name)(*args), expected, strict=True):
             assert_same(actual, same, torch.float32)
-    compact = arguments[f"{case.name}_bwd"]
-    expected = operator(f"{case.name}_bwd")(*compact)
-    long = [i for i, gradient in enumerate(expected) if gradient.shape[:2] == (1, time) and gradient.dtype == torch.bfloat16]
     written = list(expected)
-    for i, view in zip(long, in_wide_rows(buffer, [torch.full_like(expected[i], float("nan")) for i in long]), strict=True):
+    for i, view in zip(long(expected), lay_out([torch.full_like(expected[i], float("nan")) for i in long(expected)]), strict=True):
         written[i] = view
     operator(f"{case.name}_bwd_out")(*compact, *written)
-    for i in long:
+    for i in long(expected):
         assert_same(written[i], expected[i], torch.float32)
+
+
+@by_name
+@in_settings([(GPU_LOW[2].resized(B=1, D=64, P=16, H=1, K=64, V=64), TIME)])
+def test_rows_beyond_the_range_of_32_bits(case: Case, setting: Setting, time: int) -> None:
+    assert_layout_changes_nothing(case, setting, time, in_wide_rows)
+
+
+@by_name
+@pytest.mark.parametrize("dim", [0, 2, 3])
+@in_settings([(GPU_LOW[2].resized(B=3, D=3, P=3, H=3, K=3, V=3), 37)])
+def test_sequences_heads_and_channels_beyond_the_range_of_32_bits(case: Case, setting: Setting, time: int, dim: int) -> None:
+    assert_layout_changes_nothing(case, setting, time, lambda tensors: spread(tensors, dim))
+
+
+@by_name
+@pytest.mark.parametrize("time", [1, 3])
+def test_more_sequences_than_a_grid_counts_in_its_second_axis(case: Case, time: int) -> None:
+    batch = 65_536 + 3
+    setting = GPU_LOW[0].resized(B=batch, D=16, P=16, H=1, K=16, V=16)
+    inputs = case.draw(setting, time)
+    results = []
+    for part in (inputs, {name: tensor if name in case.constant else tensor[-3:] for name, tensor in inputs.items()}):
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in part.items()}
+        outputs = case.op(**leaves)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+        results.append([*outputs, *(leaf.grad for name, leaf in leaves.items() if name not in case.constant)])
+    for all_of_them, last in zip(*results, strict=True):
+        assert_same(all_of_them[-3:], last, torch.float32)

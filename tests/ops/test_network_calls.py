@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from cases import CPU_LOW, GPU, INTERPRETED, Setting, in_settings
-from recorded import RecordedOperators
+from cases import CASES, CPU_LOW, GPU, INTERPRETED, Setting, in_settings
+from recorded import RecordedOperators, recorded_launches
 from support import assert_same
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
@@ -32,18 +32,22 @@ def block_and_inputs(setting: Setting, state_gate: bool, carried: bool, time: in
 
 @calls
 @in_settings([(CPU_LOW[0], 9), (INTERPRETED, 9), (GPU, 130)])
-def test_the_network_calls_its_operators(setting: Setting, time: int, state_gate: bool, carried: bool, expected: list[str]) -> None:
+def test_the_network_calls_its_operators(
+    setting: Setting, time: int, state_gate: bool, carried: bool, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     width = 32 if setting.device == "cpu" else 640
     model = MMRecModel(vocab_size=50, model_dim=width, num_layers=2, num_heads=2, pe_dim=8, state_gate=state_gate).to(setting.device)
     tokens = torch.randint(50, (1, time)).to(setting.device)
     with torch.no_grad():
         state = model(tokens, return_state=True)[1] if carried else None
+    launched = recorded_launches(monkeypatch, CASES)
     with RecordedOperators() as recorded:
         logits, _ = model(tokens, state=state, return_state=True)
         forward = list(recorded.names)
         logits.square().mean().backward()
     assert forward == expected * 2
     assert recorded.names[len(forward) :] == [f"{name}_bwd" for name in reversed(expected * 2)]
+    assert launched == (recorded.names if setting in (INTERPRETED, GPU) else [])
 
 
 @calls

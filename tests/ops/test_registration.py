@@ -1,11 +1,9 @@
 """The operators as torch sees them: schemas, fakes and autograd, gradients into a caller's buffer, no copies, which form runs."""
 
-import importlib
-
 import pytest
 import torch
-from cases import CPU, CPU_LOW, GPU, GPU_LOW, INTERPRETED, LAUNCHERS, Case, Setting, by_name, in_settings
-from recorded import operator, recorded_arguments
+from cases import CPU, CPU_LOW, GPU, GPU_LOW, INTERPRETED, Case, Setting, by_name, in_settings
+from recorded import operator, recorded_arguments, recorded_launches
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -95,20 +93,20 @@ def strided(argument: object) -> object:
 @in_settings([(CPU_LOW[0], 9), (CPU, 9), (INTERPRETED, 9), (GPU, 9)])
 def test_kernels_run_where_they_should(case: Case, setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels on CUDA and in the interpreter; the PyTorch form on a CPU, and for float64 everywhere."""
-    module = importlib.import_module(f"mmrec.ops.{case.name}.{LAUNCHERS.get(case.name, 'kernels')}")
-    launched = []
-    for name in ("launch_forward", "launch_backward"):
-        original = getattr(module, name)
-
-        def counting(*args, _name=name, _original=original):
-            launched.append(_name)
-            return _original(*args)
-
-        monkeypatch.setattr(module, name, counting)
+    launched = recorded_launches(monkeypatch, [case])
     recorded_arguments(case, setting, time)
-    expected = ["launch_forward", "launch_backward", "launch_backward"] if setting in (INTERPRETED, GPU) else []
-    assert launched == expected
+    backward = f"{case.name}_bwd"
+    assert launched == ([case.name, backward, backward] if setting in (INTERPRETED, GPU) else [])
     launched.clear()
     inputs = {name: tensor.double() for name, tensor in case.draw(setting, time).items()}
     case.op(**inputs)
     assert not launched
+
+
+@by_name
+@in_settings([(CPU, 5), (INTERPRETED, 5), (GPU, 5)])
+def test_a_second_derivative_is_refused(case: Case, setting: Setting, time: int) -> None:
+    inputs = {name: tensor.requires_grad_() for name, tensor in case.draw(setting, time).items()}
+    output, _ = case.op(**inputs)
+    with pytest.raises(RuntimeError, match=f"{case.name} has no second derivative"):
+        torch.autograd.grad(output.sum(), list(inputs.values()), create_graph=True)

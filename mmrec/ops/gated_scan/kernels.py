@@ -26,7 +26,7 @@ def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Ten
         options = launch_options("gated_scan.forward", channel_class(batch, channels), z.device)
         numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
         grouped = {"GROUPED": p.shape[-1] < channels}
-        return Call((blocks(channels, options["BD"]), batch), numbers, flags | grouped | options)
+        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | grouped | options)
 
     launch(sequential_kernel, (z, p, log_gamma, w_g, h0, reset, h, h_last), prepare)
     return h, h_last
@@ -44,8 +44,8 @@ def newton_scan(
     batch, _, channels = z.shape
     h, h_last = _outputs(z)
     options = launch_options("gated_scan.newton", "few", z.device)
-    grid = (blocks(channels, options["BD"]), batch)
-    counts = torch.empty((grid[0] * grid[1], 2), dtype=torch.int32, device=z.device)
+    grid = (batch * blocks(channels, options["BD"]),)
+    counts = torch.empty((grid[0], 2), dtype=torch.int32, device=z.device)
 
     def prepare() -> Call:
         numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
@@ -107,7 +107,7 @@ def launch_backward(
             "HAS_RESET": reset is not None,
             "INTERPRETED": INTERPRETED,
         }
-        return Call((blocks(channels, options["BD"]), batch), (time, channels, group, *inputs, *states, *outputs), flags | options)
+        return Call((batch * blocks(channels, options["BD"]),), (time, channels, group, *inputs, *states, *outputs), flags | options)
 
     launch(
         backward_kernel,

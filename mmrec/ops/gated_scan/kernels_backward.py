@@ -74,26 +74,29 @@ def backward_kernel(
     Pass 1 folds each group into the map that carries f = J g past it; the groups' maps are scanned; pass 2 runs through each group again
     with the true f. `dp` is summed over SUMMED neighbouring channels, `dw_g` over time.
     """
-    batch = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BD + tl.arange(0, BD)
+    stripes = tl.cdiv(D, BD)
+    batch = (tl.program_id(0) // stripes).to(tl.int64)
+    stripe = tl.program_id(0) % stripes
+    channel = stripe * BD + tl.arange(0, BD)
+    column = channel.to(tl.int64)
     inside = (channel < D)[None, :]
     row = tl.arange(0, R)[:, None] * G
     w = tl.load(w_g_ptr + channel * w_g_stride, mask=channel < D, other=0.0).to(tl.float32)[None, :]
     # Time runs backwards: row s of a tile that starts at `start` is token T − 1 − start − s.
     last = T.to(tl.int64) - 1
-    dh_base = dh_ptr + batch * dh_stride_B + last * dh_stride_T + (channel * dh_stride_D)[None, :]
-    h_base = h_ptr + batch * h_stride_B + (last - 1) * h_stride_T + (channel * h_stride_D)[None, :]
-    z_base = z_ptr + batch * z_stride_B + last * z_stride_T + (channel * z_stride_D)[None, :]
-    p_base = p_ptr + batch * p_stride_B + last * p_stride_T + ((channel // group) * p_stride_D)[None, :]
-    log_gamma_base = log_gamma_ptr + batch * log_gamma_stride_B + last * log_gamma_stride_T + (channel * log_gamma_stride_D)[None, :]
+    dh_base = dh_ptr + batch * dh_stride_B + last * dh_stride_T + (column * dh_stride_D)[None, :]
+    h_base = h_ptr + batch * h_stride_B + (last - 1) * h_stride_T + (column * h_stride_D)[None, :]
+    z_base = z_ptr + batch * z_stride_B + last * z_stride_T + (column * z_stride_D)[None, :]
+    p_base = p_ptr + batch * p_stride_B + last * p_stride_T + ((channel // group).to(tl.int64) * p_stride_D)[None, :]
+    log_gamma_base = log_gamma_ptr + batch * log_gamma_stride_B + last * log_gamma_stride_T + (column * log_gamma_stride_D)[None, :]
     if HAS_RESET:
         reset_ptr += batch * reset_stride_B
         starts = load_starts(reset_ptr, reset_stride_T, 0, T, R, G, True)
-    dz_base = dz_ptr + batch * dz_stride_B + last * dz_stride_T + (channel * dz_stride_D)[None, :]
-    dlog_gamma_base = dlog_gamma_ptr + batch * dlog_gamma_stride_B + last * dlog_gamma_stride_T + (channel * dlog_gamma_stride_D)[None, :]
-    summed = tl.program_id(0) * (BD // SUMMED) + tl.arange(0, BD // SUMMED)
+    dz_base = dz_ptr + batch * dz_stride_B + last * dz_stride_T + (column * dz_stride_D)[None, :]
+    dlog_gamma_base = dlog_gamma_ptr + batch * dlog_gamma_stride_B + last * dlog_gamma_stride_T + (column * dlog_gamma_stride_D)[None, :]
+    summed = stripe * (BD // SUMMED) + tl.arange(0, BD // SUMMED)
     summed_inside = (summed * SUMMED < D)[None, :]
-    dp_base = dp_ptr + batch * dp_stride_B + last * dp_stride_T + (summed * dp_stride_D)[None, :]
+    dp_base = dp_ptr + batch * dp_stride_B + last * dp_stride_T + (summed.to(tl.int64) * dp_stride_D)[None, :]
 
     carry = tl.zeros([BD], tl.float32)
     if HAS_DH_LAST:

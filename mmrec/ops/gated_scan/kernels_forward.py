@@ -77,8 +77,9 @@ def sequential_kernel(
     rcp.
     """
     ROWS: tl.constexpr = 1 << LEVELS
-    batch = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BD + tl.arange(0, BD)
+    stripes = tl.cdiv(D, BD)
+    batch = (tl.program_id(0) // stripes).to(tl.int64)
+    channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD).to(tl.int64)
     inside = channel < D
     row = tl.arange(0, ROWS)[:, None]
     z_row = z_ptr + batch * z_stride_B + channel * z_stride_D

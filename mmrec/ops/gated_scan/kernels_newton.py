@@ -95,8 +95,9 @@ def newton_kernel(
     formula. One that is not finite or has not converged (large |z·w_g|) runs token by token. `counts` gets, a program, the tiles that did
     so and the iterations of all tiles.
     """
-    batch = tl.program_id(1).to(tl.int64)
-    channel = tl.program_id(0) * BD + tl.arange(0, BD)
+    stripes = tl.cdiv(D, BD)
+    batch = (tl.program_id(0) // stripes).to(tl.int64)
+    channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD).to(tl.int64)
     inside_D = channel < D
     inside = inside_D[None, :]
     row = tl.arange(0, R)[:, None] * G
@@ -195,6 +196,5 @@ def newton_kernel(
             reset_base += R * G * reset_stride_T
 
     tl.store(h_last_ptr + batch * D + channel, carry, mask=inside_D)
-    program = batch * tl.num_programs(0) + tl.program_id(0)
-    tl.store(counts_ptr + program * 2, fallen_back)
-    tl.store(counts_ptr + program * 2 + 1, iterations)
+    tl.store(counts_ptr + tl.program_id(0) * 2, fallen_back)
+    tl.store(counts_ptr + tl.program_id(0) * 2 + 1, iterations)

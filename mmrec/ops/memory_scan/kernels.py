@@ -15,6 +15,16 @@ def wide(index):
 
 
 @triton.jit
+def locate(share, H):
+    """Which of `share` programs of a head this one is, its batch, its head, and both in one number, the last three in 64 bits.
+
+    All in one axis of the grid: CUDA counts the others to 65,535 only.
+    """
+    batch_head = tl.program_id(0) // share
+    return tl.program_id(0) % share, (batch_head // H).to(tl.int64), (batch_head % H).to(tl.int64), batch_head.to(tl.int64)
+
+
+@triton.jit
 def _row_mask(rows, limit, column0, WIDTH: tl.constexpr, W: tl.constexpr):
     """Rows below the limit; of the columns only what a compiler cannot know: whether the last block is full."""
     mask = (rows < limit)[:, None]
@@ -27,7 +37,7 @@ def _row_mask(rows, limit, column0, WIDTH: tl.constexpr, W: tl.constexpr):
 def load_rows(ptr, first, stride_row, stride_column, limit, column0, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """(R, W) elements from row `first` and column `column0` of a matrix (limit, WIDTH), zeros outside."""
     rows = first + tl.arange(0, R)
-    columns = column0 + tl.arange(0, W)
+    columns = column0 + tl.arange(0, W).to(tl.int64)
     pointers = ptr + rows.to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column
     return tl.load(pointers, mask=_row_mask(rows, limit, column0, WIDTH, W), other=0.0)
 
@@ -36,7 +46,7 @@ def load_rows(ptr, first, stride_row, stride_column, limit, column0, WIDTH: tl.c
 def store_rows(ptr, tile, first, stride_row, stride_column, limit, column0, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr):
     """The way back of `load_rows`."""
     rows = first + tl.arange(0, R)
-    columns = column0 + tl.arange(0, W)
+    columns = column0 + tl.arange(0, W).to(tl.int64)
     pointers = ptr + rows.to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column
     tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=_row_mask(rows, limit, column0, WIDTH, W))
 
@@ -160,10 +170,10 @@ def walk_kernel(
     Forward: the memory, from M0 to M_last; the output is r. REVERSE: its gradient, from dM_last to dM0; the output is dv.
     HAS_OUTPUT needs the whole K in one block. HAS_STATES stores the state that enters each chunk, (B·H, N, K, V).
     """
-    v0 = tl.program_id(0) * BV
-    k0 = 0 if HAS_OUTPUT else tl.program_id(1) * BK
-    head = tl.program_id(2) % H
-    batch = (tl.program_id(2) // H).to(tl.int64)
+    v_blocks: tl.constexpr = tl.cdiv(V, BV)
+    part, batch, head, batch_head = locate(v_blocks * tl.cdiv(K, BK), H)
+    v0 = (part % v_blocks) * BV
+    k0 = 0 if HAS_OUTPUT else (part // v_blocks) * BK
     reader_ptr += batch * reader_stride_b + head * reader_stride_h
     writer_ptr += batch * writer_stride_b + head * writer_stride_h
     value_ptr += batch * value_stride_b + head * value_stride_h
@@ -174,7 +184,7 @@ def walk_kernel(
         output_ptr += batch * output_stride_b + head * output_stride_h
     N = tl.cdiv(T, C)
     if HAS_STATES:
-        states_ptr += tl.program_id(2).to(tl.int64) * N * K * V
+        states_ptr += batch_head * N * K * V
 
     state = tl.zeros((BK, BV), tl.float32)
     if HAS_INITIAL:
@@ -257,10 +267,12 @@ def output_kernel(
     STAGES: tl.constexpr,
 ):
     """One chunk, one head, BV columns of the output, from the stored states: r, or (REVERSE) dv. For heads too wide for `walk_kernel`."""
-    v0 = tl.program_id(0) * BV
-    first = tl.program_id(1) * C
-    head = tl.program_id(2) % H
-    batch = (tl.program_id(2) // H).to(tl.int64)
+    v_blocks: tl.constexpr = tl.cdiv(V, BV)
+    N = tl.cdiv(T, C)
+    part, batch, head, batch_head = locate(v_blocks * N, H)
+    v0 = (part % v_blocks) * BV
+    chunk = part // v_blocks
+    first = chunk * C
     reader_ptr += batch * reader_stride_b + head * reader_stride_h
     writer_ptr += batch * writer_stride_b + head * writer_stride_h
     value_ptr += batch * value_stride_b + head * value_stride_h
@@ -268,7 +280,7 @@ def output_kernel(
     if HAS_RESET:
         reset_ptr += batch * reset_stride_b
     output_ptr += batch * output_stride_b + head * output_stride_h
-    states_ptr += (tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) + tl.program_id(1)) * K * V
+    states_ptr += (batch_head * N + chunk) * K * V
 
     scores = tl.zeros((C, C), tl.float32)
     output = tl.zeros((C, BV), tl.float32)
@@ -326,10 +338,9 @@ def step_kernel(
     HAS_RESET: tl.constexpr,
 ):
     """One token: (K, BV) of a head's memory is read and written once, in blocks of BK rows; r and M_last are contiguous."""
-    v0 = tl.program_id(0) * BV
-    head = tl.program_id(1) % H
-    batch = (tl.program_id(1) // H).to(tl.int64)
-    columns = v0 + tl.arange(0, BV)
+    part, batch, head, batch_head = locate(tl.cdiv(V, BV), H)
+    v0 = part * BV
+    columns = v0 + tl.arange(0, BV).to(tl.int64)
     value = tl.load(v_ptr + batch * v_stride_b + head * v_stride_h + columns * v_stride_v, mask=columns < V, other=0.0).to(tl.float32)
     decay = tl.exp(tl.load(log_ptr + batch * log_stride_b + head * log_stride_h).to(tl.float32))
     if HAS_RESET:
@@ -338,10 +349,10 @@ def step_kernel(
     k_ptr += batch * k_stride_b + head * k_stride_h
     if HAS_INITIAL:
         initial_ptr += batch * initial_stride_b + head * initial_stride_h
-    last_ptr += tl.program_id(1).to(tl.int64) * K * V
+    last_ptr += batch_head * K * V
     read = tl.zeros((BV,), tl.float32)
     for k0 in tl.range(0, K, BK):
-        rows = k0 + tl.arange(0, BK)
+        rows = k0 + tl.arange(0, BK).to(tl.int64)
         query = tl.load(q_ptr + rows * q_stride_k, mask=rows < K, other=0.0).to(tl.float32)
         key = tl.load(k_ptr + rows * k_stride_k, mask=rows < K, other=0.0).to(tl.float32)
         state = key[:, None] * value[None, :]
@@ -349,4 +360,4 @@ def step_kernel(
             state += load_rows(initial_ptr, k0, initial_stride_k, initial_stride_v, K, v0, V, BK, BV).to(tl.float32) * decay
         store_rows(last_ptr, state, k0, V, 1, K, v0, V, BK, BV)
         read += tl.sum(state * query[:, None], 0)
-    tl.store(r_ptr + tl.program_id(1).to(tl.int64) * V + columns, (read * scale).to(r_ptr.dtype.element_ty), mask=columns < V)
+    tl.store(r_ptr + batch_head * V + columns, (read * scale).to(r_ptr.dtype.element_ty), mask=columns < V)

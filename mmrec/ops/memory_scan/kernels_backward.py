@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from mmrec.ops.memory_scan.kernels import decay_within, final_decay, initial_decay, load_decays, load_rows, store_rows, wide
+from mmrec.ops.memory_scan.kernels import decay_within, final_decay, initial_decay, load_decays, load_rows, locate, store_rows, wide
 
 
 @triton.jit(do_not_specialize=["T", "log_stride_b", "reset_stride_b", "dlog_stride_block", "dlog_stride_b"])
@@ -68,11 +68,13 @@ def gradient_kernel(
 
     The gradient to log α is a sum over the columns of K: every program writes its share.
     """
-    block = tl.program_id(0)
+    k_blocks: tl.constexpr = tl.cdiv(K, BK)
+    N = tl.cdiv(T, C)
+    part, batch, head, batch_head = locate(k_blocks * N, H)
+    block = part % k_blocks
+    chunk = part // k_blocks
     k0 = block * BK
-    first = tl.program_id(1) * C
-    head = tl.program_id(2) % H
-    batch = (tl.program_id(2) // H).to(tl.int64)
+    first = chunk * C
     q_ptr += batch * q_stride_b + head * q_stride_h
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
@@ -83,7 +85,7 @@ def gradient_kernel(
     dq_ptr += batch * dq_stride_b + head * dq_stride_h
     dk_ptr += batch * dk_stride_b + head * dk_stride_h
     dlog_ptr += wide(block) * dlog_stride_block + batch * dlog_stride_b + head * dlog_stride_h
-    states = (tl.program_id(2).to(tl.int64) * tl.cdiv(T, C) + tl.program_id(1)) * K * V
+    states = (batch_head * N + chunk) * K * V
 
     dP = tl.zeros((C, C), tl.float32)
     dq = tl.zeros((C, BK), tl.float32)

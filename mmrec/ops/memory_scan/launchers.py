@@ -95,7 +95,7 @@ class _Scan:
             else:
                 options = self.options("walk_reverse" if reverse else "walk", BV=self.V)
                 options = {**options, "BK": max(16, power_of_two(self.K))}
-            grid = (blocks(self.V, options["BV"]), blocks(self.K, options["BK"]), self.batch * self.heads)
+            grid = (blocks(self.V, options["BV"]) * blocks(self.K, options["BK"]) * self.batch * self.heads,)
             inputs = (*reader.stride(), *writer.stride(), *value.stride(), *self._gate_strides())
             numbers = (*inputs, *strides(initial, 4), *strides(output, 4), *last.stride(), *self._sizes())
             flags = {
@@ -115,7 +115,7 @@ class _Scan:
 
         def prepare() -> Call:
             options = self.options("output_reverse" if reverse else "output", BK=self.K, BV=self.V)
-            grid = (blocks(self.V, options["BV"]), states.shape[1], self.batch * self.heads)
+            grid = (blocks(self.V, options["BV"]) * states.shape[1] * self.batch * self.heads,)
             inputs = (*reader.stride(), *writer.stride(), *value.stride(), *self._gate_strides())
             return Call(grid, (*inputs, *output.stride(), *self._sizes()), self._constants() | {"REVERSE": reverse} | options)
 
@@ -132,7 +132,7 @@ class _Scan:
             shares = torch.empty((key_blocks, *dlog_alpha.shape), dtype=torch.float32, device=self.device)
 
         def prepare() -> Call:
-            grid = (key_blocks, M.shape[1], self.batch * self.heads)
+            grid = (key_blocks * M.shape[1] * self.batch * self.heads,)
             inputs = (*q.stride(), *k.stride(), *v.stride(), *dr.stride(), *self._gate_strides())
             numbers = (*inputs, *dq.stride(), *dk.stride(), *shares.stride(), *self._sizes())
             return Call(grid, numbers, self._constants() | options)
@@ -149,7 +149,7 @@ def _step(
 ) -> None:
     def prepare() -> Call:
         options = scan.options("step", BK=scan.K, BV=scan.V)
-        grid = (blocks(scan.V, options["BV"]), scan.batch * scan.heads)
+        grid = (blocks(scan.V, options["BV"]) * scan.batch * scan.heads,)
         without_time = [stride for t in (q, k, v) for stride in (t.stride(0), t.stride(2), t.stride(3))]
         gates = (log_alpha.stride(0), log_alpha.stride(2), 0 if reset is None else reset.stride(0))
         numbers = (*without_time, *gates, *strides(M0, 4), scan.heads, scan.scale)
