@@ -14,6 +14,8 @@ import torch
 from processes import Failure, guarded
 
 SHORT = 20.0  # ms; calls below are replayed from a graph
+LONG = 1.0  # ms; of calls above a graph holds one for each set of inputs, of shorter ones IN_A_ROW at least
+IN_A_ROW = 4
 SLOW = 500.0  # ms; a call above is timed by hand: do_bench would repeat it ten times before its first figure
 CPU_REPEATS = 5
 
@@ -83,7 +85,7 @@ def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int =
 
 
 def replayed_ms(functions: Sequence[Callable[[], Any]], repeat_ms: int = 100, warmup_ms: int = 25) -> float:
-    """Median milliseconds of a call's kernels alone, by `do_bench`: the functions, replayed in turn from a CUDA graph each."""
+    """Median milliseconds of a call's kernels alone: the functions, one after another in one CUDA graph that `do_bench` replays."""
     from triton.testing import do_bench
 
     side = torch.cuda.Stream()
@@ -93,41 +95,44 @@ def replayed_ms(functions: Sequence[Callable[[], Any]], repeat_ms: int = 100, wa
             for _ in range(3):
                 function()
     torch.cuda.current_stream().wait_stream(side)
-    graphs = [torch.cuda.CUDAGraph() for _ in functions]
-    for graph, function in zip(graphs, functions, strict=True):
-        with torch.cuda.graph(graph):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in functions:
             function()
-    return float(do_bench(rotating([graph.replay for graph in graphs]), warmup=warmup_ms, rep=repeat_ms, return_mode="median"))
+    return float(do_bench(graph.replay, warmup=warmup_ms, rep=repeat_ms, return_mode="median")) / len(functions)
 
 
 class Clocked(NamedTuple):
     """Median milliseconds of a call.
 
     Attributes:
-        ms: of its kernels alone, where they were replayed from a graph.
+        ms: of its kernels, several calls in a row replayed from one graph, as in a training step; a row's figure.
+        alone_ms: of its kernels, one call replayed between two events: some 3 µs more.
         eager_ms: of the call from Python, the host included.
-        replayed: whether `ms` comes from a graph; it is `eager_ms` otherwise.
+        replayed: whether the first two come from graphs; they are `eager_ms` otherwise.
     """
 
     ms: float
+    alone_ms: float
     eager_ms: float
     replayed: bool
 
 
 def kernel_ms(functions: Sequence[Callable[[], Any]], where: torch.device, graphs: bool = True) -> Clocked:
-    """Time a call, given once for each set of inputs, both ways.
+    """Time a call, given once for each set of inputs, in all three ways.
 
     A call of some 0.1 ms is launched more slowly than it runs, autograd's part above all; in a training step the host keeps ahead. One
     that cannot be captured in a graph, or is long enough, is timed from Python alone.
     """
     eager = median_ms(rotating(functions), where)
     if not graphs or where.type == "cpu" or eager > SHORT:
-        return Clocked(eager, eager, False)
-    replayed = guarded(replayed_ms, functions)
-    if isinstance(replayed, Failure):
-        print(f"no graph: {replayed.reason}", flush=True)
-        return Clocked(eager, eager, False)
-    return Clocked(replayed, eager, True)
+        return Clocked(eager, eager, eager, False)
+    in_a_row = [*functions] * (1 if eager > LONG else -(-IN_A_ROW // len(functions)))
+    found = guarded(lambda calls: (replayed_ms(calls), replayed_ms(calls[:1], 30, 10)), in_a_row)
+    if isinstance(found, Failure):
+        print(f"no graph: {found.reason}", flush=True)
+        return Clocked(eager, eager, eager, False)
+    return Clocked(*found, eager, True)
 
 
 def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
@@ -137,14 +142,11 @@ def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
 
 
 def input_sets(moved: int, where: torch.device) -> int:
-    """How many sets of inputs to rotate among so that none is found in the cache: one where a row's tensors exceed it anyway.
-
-    do_bench clears the cache as well, but not during its warm-up, and a write-back cache may keep part of what it was cleared with.
-    """
+    """How many sets of inputs to rotate among so that a call finds none of its own in the cache: one where a call alone overflows it."""
     if where.type == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(where).L2_cache_size
-    return 1 if moved > cache else min(8, -(-2 * cache // max(moved, 1)))
+    return 1 if moved > 8 * cache else min(8, 1 + -(-2 * cache // max(moved, 1)))
 
 
 def copy_rate(where: torch.device) -> float:

@@ -81,7 +81,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
         moved = moved_bytes(operator, inputs, outputs, direction)
         work = flops(operator, shape, direction)
         sets = [inputs] + [new() for _ in range(input_sets(moved, where) - 1)]
-        ms, eager, replayed = kernel_ms(calls(timing, direction, sets, cotangent), where, graphs)
+        ms, alone, eager, replayed = kernel_ms(calls(timing, direction, sets, cotangent), where, graphs)
         floor = max(moved / rates[0], work / rates[1]) / 1e9
         own = [f for f in findings if f.operator == timing.operator]
         rows.append(
@@ -90,7 +90,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
                 "direction": direction, "ms": ms, "floor_ms": floor, "bytes": moved, "copy_tbps": rates[0],
                 "gate_dtype": name_of(timing.gate_dtype), "max_rel_err": worst(own, timing, direction), "peers": {},
                 **place, "P": shape.P, "reset": timing.reset, "K": shape.K if shape.H else None, "flops": work, "gemm_tflops": rates[1],
-                "share_of_floor": floor / ms, "eager_ms": eager, "replayed": replayed,
+                "share_of_floor": floor / ms, "alone_ms": alone, "eager_ms": eager, "replayed": replayed,
                 "accum_dtype": name_of(timing.accum) if timing.accum else None,
                 "err_at_this_shape": worst(here, timing, direction), "parity": "missed" if any(f.missed for f in own) else "ok",
             }

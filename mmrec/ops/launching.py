@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from mmrec.ops import tuning
 from mmrec.ops.registration import INTERPRETED
@@ -60,7 +61,15 @@ def launch(kernel: Any, tensors: tuple[Tensor | None, ...], prepare: Callable[[]
         compiled[grid](*tensors, *rest)
         return
     grid, numbers, named = prepare()
-    compiled = kernel[grid](*tensors, *numbers, **named)
+    while True:
+        try:
+            compiled = kernel[grid](*tensors, *numbers, **named)
+            break
+        except OutOfResources:
+            # A GPU with less shared memory than the table's: the same tiles, fewer of them on their way.
+            if named.get("STAGES", 1) == 1:
+                raise
+            named = named | {"STAGES": named["STAGES"] - 1}
     if not INTERPRETED:
         if len(_KNOWN) >= _LIMIT:
             _KNOWN.clear()

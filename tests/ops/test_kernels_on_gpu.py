@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 import triton
-from cases import GPU, GPU_LOW, GPU_NARROW, Case, Setting, by_name, gradients, in_settings
-from recorded import operator, recorded_arguments
+from cases import CASES, GPU, GPU_LOW, GPU_NARROW, Case, Setting, by_name, gradients, in_settings
+from recorded import operator, recorded_arguments, recorded_launches
 from support import assert_same
 from torch import Tensor
+
+from mmrec.ops.tuning import overridden
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -40,16 +42,22 @@ def compilations() -> Iterator[list[str]]:
 
 @by_name
 @in_settings([(GPU, 1000), (GPU_LOW[0], 1000)])
-def test_another_length_compiles_nothing(case: Case, setting: Setting, time: int) -> None:
-    # Sizes of no other test, so that here they are compiled for the first time; rows of whole 16 bytes, as every network has them.
-    setting = setting.resized(D=1040, P=1040, H=6, K=96, V=96)
-    with compilations() as first:
-        gradients(case.op, case.draw(setting, time), case.reset(setting, time))
-    assert first
+def test_another_length_compiles_nothing(case: Case, setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = setting.resized(D=1040, P=1040, H=6, K=96, V=96)  # rows of whole 16 bytes, as every network has them
+    gradients(case.op, case.draw(setting, time), case.reset(setting, time))
+    launched = recorded_launches(monkeypatch, [case])
     with compilations() as later:
         for other in (time + 1, time + 16, time - 7, 2 * time):
             gradients(case.op, case.draw(setting, other), case.reset(setting, other))
+    assert launched == [case.name, f"{case.name}_bwd"] * 4
     assert later == []
+
+
+def test_a_compilation_is_noticed() -> None:
+    case, setting = CASES[0], GPU.resized(D=72)
+    with compilations() as names, overridden(**{"exp_product_scan.forward": {"BD": 8, "R": 2, "G": 2, "STAGES": 1, "num_warps": 1}}):
+        case.op(**case.draw(setting, 5))
+    assert names == ["forward_kernel"]
 
 
 TIME, ROW = 131072, 24576  # elements: 6.4 GB of bf16, whose last row lies 3.2e9 elements behind the first

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from mmrec.ops import launching
 from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
@@ -91,6 +92,40 @@ def test_two_kernels_do_not_answer_for_each_other(kernel: Kernel) -> None:
     run(kernel, x)
     run(other, x)
     assert len(kernel.compiled) == len(other.compiled) == 1
+
+
+class SmallGPU(Kernel):
+    """Has shared memory for so many stages."""
+
+    arg_names = ("x", "STAGES")
+
+    def __init__(self, stages: int = 2) -> None:
+        super().__init__()
+        self.stages = stages
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def slow(*arguments: Any, STAGES: int) -> Any:
+            self.compiled.append({"STAGES": STAGES})
+            if self.stages < STAGES:
+                raise OutOfResources(200_000, 166_912, "shared memory")
+            return {grid: lambda *arguments: self.ran.append(arguments), (*grid, 1, 1): lambda *arguments: self.ran.append(arguments)}
+
+        return slow
+
+
+def test_fewer_stages_where_shared_memory_is_small(kernel: Kernel) -> None:
+    small, x = SmallGPU(), torch.zeros(3, 8)
+    for _ in range(2):
+        launch(small, (x,), lambda: Call((1,), (), {"STAGES": 4}))
+    assert [named["STAGES"] for named in small.compiled] == [4, 3, 2]
+    assert small.ran == [(x, 2)]  # the second launch, from memory, with what fitted
+
+
+def test_what_never_fits_is_an_error(kernel: Kernel) -> None:
+    small = SmallGPU(stages=0)
+    with pytest.raises(OutOfResources):
+        launch(small, (torch.zeros(3, 8),), lambda: Call((1,), (), {"STAGES": 2}))
+    assert [named["STAGES"] for named in small.compiled] == [2, 1]
 
 
 def test_the_memory_is_bounded(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:

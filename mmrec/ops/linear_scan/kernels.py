@@ -129,12 +129,12 @@ def forward_kernel(
     carry = tl.zeros([BD], tl.float32)
     if HAS_H0:
         carry = tl.load(h0_ptr + sequence * h0_stride_B + channel * h0_stride_D, mask=in_D, other=0).to(tl.float32)
-    bits = 0
     if HAS_RESET:
         reset_ptr += sequence * reset_stride_B
         starts = load_starts(reset_ptr, reset_stride_T, 0, T, R, G, False)
     whole = T // (R * G) * (R * G)
     for first_row in tl.range(0, whole, R * G, num_stages=STAGES):
+        bits = 0
         if HAS_RESET:
             bits = starts_as_bits(starts, G)
             starts = load_starts(reset_ptr, reset_stride_T, first_row + R * G, T, R, G, False)
@@ -144,6 +144,7 @@ def forward_kernel(
             x_tile, log_a_tile, h_tile, carry, bits, T, in_D, x_stride_T, log_a_stride_T, h_stride_T, HAS_RESET, True, EVEN, R, G
         )
     if whole < T:
+        bits = 0
         if HAS_RESET:
             bits = starts_as_bits(starts, G)
         token = tl.cast(whole, tl.int64)
@@ -271,12 +272,12 @@ def backward_kernel(
     carry = tl.zeros([BD], tl.float32)
     if HAS_DH_LAST:
         carry = tl.load(dh_last_ptr + sequence * dh_last_stride_B + channel * dh_last_stride_D, mask=in_D, other=0).to(tl.float32)
-    bits = 0
     if HAS_RESET:
         reset_ptr += sequence * reset_stride_B
         starts = load_starts(reset_ptr, reset_stride_T, 0, T, R, G, True)
     whole = (T - 1) // (R * G) * (R * G)  # but the first token's tile: what lies before it is in another tensor
     for first_row in tl.range(0, whole, R * G, num_stages=STAGES):
+        bits = 0
         if HAS_RESET:
             bits = starts_as_bits(starts, G)
             starts = load_starts(reset_ptr, reset_stride_T, first_row + R * G, T, R, G, True)
@@ -286,6 +287,7 @@ def backward_kernel(
             dx_ptr + token * dx_stride_T, dlog_a_ptr + token * dlog_a_stride_T, carry, bits, T, in_D,
             dh_stride_T, h_stride_T, log_a_stride_T, dx_stride_T, dlog_a_stride_T, HAS_RESET, True, EVEN, R, G,
         )  # fmt: skip
+    bits = 0
     if HAS_RESET:
         bits = starts_as_bits(starts, G)
     token = (T - 1 - whole).to(tl.int64)
