@@ -1,0 +1,84 @@
+"""Every kernel compiles for the GPUs it is meant for, without one: Triton's interpreter lets pass what its compiler refuses."""
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, LAUNCHERS, Case
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler import compile as compile_source
+
+from mmrec.ops.launching import Call
+
+TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1", torch.int32: "*i32"}
+SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a program may use, by architecture
+Launched = tuple[Any, tuple[torch.Tensor | None, ...], Call]
+
+
+def launches(case: Case, dtype: torch.dtype, sizes: dict[str, int], full: bool, monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
+    """What forward and backward would launch, on memory nobody touches; `full`: with a state, document starts, the last state used."""
+    found: list[Launched] = []
+    folder = f"mmrec.ops.{case.name}"
+    monkeypatch.setattr(importlib.import_module(f"{folder}.operator"), "runs_kernel", lambda *_: True)
+    launchers = importlib.import_module(f"{folder}.{LAUNCHERS.get(case.name, 'kernels')}")
+    monkeypatch.setattr(launchers, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
+    inputs = {}
+    for name, letters in case.shapes.items():
+        wide = name.startswith("log_") or "T" not in letters
+        if full or name != case.state:
+            shape = [sizes[letter] for letter in letters]
+            inputs[name] = torch.empty(shape, dtype=torch.float32 if wide else dtype, requires_grad=True)
+    options = {"reset": torch.zeros(sizes["B"], sizes["T"], dtype=torch.bool)} if full and case.has_reset else {}
+    outputs = case.op(**inputs, **options)
+    outputs = outputs if full else outputs[:1]
+    torch.autograd.grad(outputs, list(inputs.values()), [torch.empty_like(output) for output in outputs], allow_unused=True)
+    return found
+
+
+def compiled_for(architecture: int, launched: Launched) -> Any:
+    """The kernel as Triton would compile it at this launch."""
+    kernel, tensors, call = launched
+    signature, constants, attributes = {}, {}, {}
+    options = {name: value for name, value in call.named.items() if name not in kernel.arg_names}
+    positional = (*tensors, *call.numbers)
+    for index, name in enumerate(kernel.arg_names):
+        value = positional[index] if index < len(positional) else call.named[name]
+        specialised = name not in kernel.do_not_specialize
+        if index >= len(positional) or value is None or (type(value) is int and value == 1 and specialised):
+            signature[name], constants[index,] = "constexpr", value
+            continue
+        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
+        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and specialised):
+            attributes[index,] = [["tt.divisibility", 16]]
+    return compile_source(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+KINDS = [
+    *((case, torch.bfloat16, {"D": 4096, "P": 4096}) for case in CASES[:3]),
+    *((case, torch.float32, {"D": 40, "P": 10}) for case in CASES[:3]),
+    *((CASES[3], torch.bfloat16, {"H": 32, "K": width, "V": width}) for width in (64, 128, 512)),
+    (CASES[3], torch.float32, {"H": 2, "K": 20, "V": 20}),
+]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("architecture", "full"), [(90, True), (90, False), (80, True)], ids=["hopper-full", "hopper-bare", "ampere"])
+@pytest.mark.parametrize(("case", "dtype", "widths"), KINDS, ids=lambda value: getattr(value, "name", None))
+def test_kernels_compile_and_fit(
+    case: Case, dtype: torch.dtype, widths: dict[str, int], architecture: int, full: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Ampere, whose shared memory is smaller, with fewer stages if need be, as `launch` does."""
+    found = [launched for time in (1, 8192) for launched in launches(case, dtype, {"B": 4, "T": time} | widths, full, monkeypatch)]
+    assert len(found) >= 3
+    seen = set()
+    for kernel, tensors, call in found:
+        key = (kernel.__name__, tuple(t if t is None else t.dtype for t in tensors), str(sorted(call.named.items())))
+        if key in seen:
+            continue
+        seen.add(key)
+        shared = compiled_for(architecture, (kernel, tensors, call)).metadata.shared
+        if architecture < 90 and shared > SHARED_MEMORY[architecture]:
+            shared = compiled_for(architecture, (kernel, tensors, call._replace(named=call.named | {"STAGES": 1}))).metadata.shared
+        assert shared <= SHARED_MEMORY[architecture], kernel.__name__
