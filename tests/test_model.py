@@ -306,8 +306,8 @@ def test_diagnostics_have_one_value_a_layer_and_disturb_nothing() -> None:
     assert "target_variance" not in small(use_uboo=False).diagnose(batch)
 
 
-@pytest.mark.parametrize("setting", ["bf16-true", "bf16-mixed"])
-def test_bf16_is_close_to_fp32(setting: str) -> None:
+def bf16_gradient_error(setting: str) -> float:
+    """Of one random network's whole gradient; its loss and logits are checked on the way."""
     model, batch = disturb(small()), {"input_ids": tokens(), "labels": tokens()}
     with torch.no_grad():
         for block in model.blocks:  # the long-term memory with full weight, or its rounding would not show
@@ -329,9 +329,13 @@ def test_bf16_is_close_to_fp32(setting: str) -> None:
     out.loss.backward()
     with torch.autocast("cpu", torch.bfloat16, enabled=setting == "bf16-mixed"):
         assert_same(model(batch["input_ids"]), expected_logits, limit=2e-2)  # two layers of rounding, not one operation's
-    assert_same(
-        torch.cat([p.grad.flatten().float() for p in model.parameters()]), exact, limit=0.1
-    )  # and back again, through norms whose inputs cancel
+    return relative_error(torch.cat([p.grad.flatten().float() for p in model.parameters()]), exact)
+
+
+@pytest.mark.parametrize("setting", ["bf16-true", "bf16-mixed"])
+def test_bf16_is_close_to_fp32(setting: str) -> None:
+    # In one network of ten an input of a norm all but cancels, and the gradient through it is far off: the middle of seven.
+    assert sorted(bf16_gradient_error(setting) for _ in range(7))[3] <= 0.08
 
 
 def test_under_autocast_the_carried_state_is_that_of_fp32_operators() -> None:

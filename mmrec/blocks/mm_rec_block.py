@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrec.blocks.hem import FusedProjections, SeparateProjections, fuse, unfuse
@@ -21,7 +20,7 @@ from mmrec.core import uboo
 from mmrec.core.decay import Float32Parameters, HeadDecay
 from mmrec.core.mdi import MDI
 from mmrec.core.memory import BlockState
-from mmrec.ops import exp_product_scan, gated_scan, linear_scan, memory_scan
+from mmrec.ops import exp_product_scan, gated_read_out, gated_scan, linear_scan, memory_address, memory_scan
 
 _MEMORY_GAIN = 0.1  # the long-term memory earns its weight: at full weight from the first step it did harm
 
@@ -32,12 +31,6 @@ class _StateGate(Float32Parameters):
     def __init__(self, model_dim: int, learned: bool) -> None:
         super().__init__()
         self.w_g = nn.Parameter(torch.zeros(model_dim, dtype=torch.float32), requires_grad=learned)
-
-
-def l2norm(x: Tensor) -> Tensor:
-    """`x · rsqrt(Σx² + 1e-6)` over the last dimension, in fp32 or wider; a zero vector gives 0 and a finite gradient."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
 
 
 class MMRecBlock(nn.Module):
@@ -162,19 +155,14 @@ class MMRecBlock(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """`r` (B, T, H, V) and the last memory (B, H, K, V); the short-term state helps to address it."""
         heads = (self.config.heads, self.config.head_dim)
-        query = l2norm((q + h).unflatten(-1, heads)).to(q.dtype)
-        key = l2norm((k + h).unflatten(-1, heads)).to(k.dtype)
+        query, key = memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
         return memory_scan(query, key, v.unflatten(-1, heads), self.head_decay(normed), M0, reset)
 
     def read_out(self, h: Tensor, r: Tensor, e: Tensor) -> Tensor:
         """`W_o[σ(e) (g_r RMSNorm_head(r) + g_h RMSNorm_head(h))]`, (B, T, D); the norms in fp32 or wider."""
-        wide = torch.promote_types(r.dtype, torch.float32)
-        eps = self.config.norm_eps
-        width = (self.config.head_dim,)
-        recalled = F.rms_norm(r.to(wide), width, eps=eps) * self.g_r
-        recent = F.rms_norm(h.to(wide).unflatten(-1, r.shape[-2:]), width, eps=eps) * self.g_h
-        gated = torch.sigmoid(e.to(wide)) * (recalled + recent).flatten(-2)
-        out: Tensor = self.W_o(gated.to(e.dtype))
+        heads = r.shape[-2:]
+        gated = gated_read_out(r, h.unflatten(-1, heads), e.unflatten(-1, heads), self.g_r, self.g_h, self.config.norm_eps)
+        out: Tensor = self.W_o(gated.flatten(-2))
         return out
 
     def planning_error(

@@ -5,7 +5,7 @@ import torch
 from support import assert_same
 
 from mmrec.blocks import mm_rec_block
-from mmrec.blocks.mm_rec_block import MMRecBlock, l2norm
+from mmrec.blocks.mm_rec_block import MMRecBlock
 
 
 def block(**fields) -> MMRecBlock:
@@ -74,14 +74,6 @@ def test_use_hem_cannot_be_assigned() -> None:
     with pytest.raises(AttributeError, match=r"use_hem cannot be assigned.*set_hem\(False\)"):
         one.use_hem = False
     assert one.use_hem is True
-
-
-def test_l2norm_of_a_zero_vector_is_zero_with_a_finite_gradient() -> None:
-    x = torch.zeros(1, 4, requires_grad=True)
-    l2norm(x).sum().backward()
-    assert torch.equal(l2norm(x), torch.zeros(1, 4))
-    assert x.grad.isfinite().all()
-    assert_same(l2norm(torch.randn(5, 64)).norm(dim=-1), torch.ones(5))
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,12 @@ class RecordedOperators(TorchDispatchMode):
         return [name for name, _ in self.calls]
 
 
-def recorded_launches(monkeypatch: pytest.MonkeyPatch, cases: Iterable[Case]) -> list[str]:
+def recorded_launches(monkeypatch: pytest.MonkeyPatch, operators: Iterable[str]) -> list[str]:
     """A list that gets `<op>` where the kernels of an operator run and `<op>_bwd` where those of its backward do."""
     launched: list[str] = []
-    for case in cases:
-        module = importlib.import_module(f"mmrec.ops.{case.name}.{LAUNCHERS.get(case.name, 'kernels')}")
-        for name, entry in (("launch_forward", case.name), ("launch_backward", f"{case.name}_bwd")):
+    for called in operators:
+        module = importlib.import_module(f"mmrec.ops.{called}.{LAUNCHERS.get(called, 'kernels')}")
+        for name, entry in (("launch_forward", called), ("launch_backward", f"{called}_bwd")):
             original = getattr(module, name)
 
             def noted(*args: Any, _entry: str = entry, _original: Any = original) -> Any:

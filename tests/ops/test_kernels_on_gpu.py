@@ -45,7 +45,7 @@ def compilations() -> Iterator[list[str]]:
 def test_another_length_compiles_nothing(case: Case, setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = setting.resized(D=1040, P=1040, H=6, K=96, V=96)  # rows of whole 16 bytes, as every network has them
     gradients(case.op, case.draw(setting, time), case.reset(setting, time))
-    launched = recorded_launches(monkeypatch, [case])
+    launched = recorded_launches(monkeypatch, [case.name])
     with compilations() as later:
         for other in (time + 1, time + 16, time - 7, 2 * time):
             gradients(case.op, case.draw(setting, other), case.reset(setting, other))

@@ -93,7 +93,7 @@ def strided(argument: object) -> object:
 @in_settings([(CPU_LOW[0], 9), (CPU, 9), (INTERPRETED, 9), (GPU, 9)])
 def test_kernels_run_where_they_should(case: Case, setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels on CUDA and in the interpreter; the PyTorch form on a CPU, and for float64 everywhere."""
-    launched = recorded_launches(monkeypatch, [case])
+    launched = recorded_launches(monkeypatch, [case.name])
     recorded_arguments(case, setting, time)
     backward = f"{case.name}_bwd"
     assert launched == ([case.name, backward, backward] if setting in (INTERPRETED, GPU) else [])

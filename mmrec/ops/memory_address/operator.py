@@ -1,0 +1,69 @@
+"""`memory_address` as operators of torch: the functional one with its autograd formula, and a backward into the caller's buffers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrec.ops.common import state_dtype
+from mmrec.ops.memory_address.naive import memory_address_naive
+from mmrec.ops.memory_address.pytorch import memory_address_gradients
+from mmrec.ops.registration import register, register_backward, runs_kernel
+
+
+def _forward(q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    if runs_kernel(q, state_dtype(q, k, h)):
+        from mmrec.ops.memory_address.kernels import launch_forward  # Triton exists on Linux alone
+
+        return launch_forward(q, k, h)
+    q_out, k_out = memory_address_naive(q, k, h)
+    return q_out.contiguous(), k_out.contiguous()
+
+
+def _forward_fake(q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _backward_out(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, h: Tensor, dq: Tensor, dk: Tensor, dh: Tensor) -> None:
+    if runs_kernel(q, state_dtype(q, k, h)):
+        from mmrec.ops.memory_address.kernels import launch_backward
+
+        launch_backward(dq_out, dk_out, q, k, h, dq, dk, dh)
+        return
+    for gradient, value in zip((dq, dk, dh), memory_address_gradients(dq_out, dk_out, q, k, h), strict=True):
+        gradient.copy_(value)
+
+
+def _backward_fake(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), h.new_empty(h.shape)
+
+
+def _backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gradients = _backward_fake(dq_out, dk_out, q, k, h)
+    _backward_out(dq_out, dk_out, q, k, h, *gradients)
+    return gradients
+
+
+memory_address_op = register("memory_address(Tensor q, Tensor k, Tensor h) -> (Tensor, Tensor)", _forward, _forward_fake)
+_INPUTS = "Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor h"
+memory_address_bwd = register(f"memory_address_bwd({_INPUTS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake)
+memory_address_bwd_out = register(
+    f"memory_address_bwd_out({_INPUTS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dh) -> ()", _backward_out, lambda *arguments: None
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    # The inputs, which the scans keep anyway, rather than the addresses: nothing more is kept.
+    ctx.save_for_backward(*inputs)
+
+
+def _autograd(ctx: Any, dq_out: Tensor | None, dk_out: Tensor | None) -> tuple[Tensor, ...]:
+    q, k, h = ctx.saved_tensors
+    gradients: tuple[Tensor, ...] = memory_address_bwd(
+        torch.zeros_like(q) if dq_out is None else dq_out, torch.zeros_like(k) if dk_out is None else dk_out, q, k, h
+    )
+    return gradients
+
+
+register_backward(memory_address_op, _autograd, _setup_context)

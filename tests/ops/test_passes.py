@@ -1,0 +1,173 @@
+"""The two passes around the long-term memory against their formulas: values, gradients, strides, buffers, torch's own checks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from cases import CPU, CPU_LOW, GPU, GPU_LOW, INTERPRETED, INTERPRETED_LOW, Setting, in_settings
+from recorded import operator
+from support import TOLERANCE, assert_same
+from test_compilation import SHARED_MEMORY, compiled_for
+from torch import Tensor
+
+from mmrec.ops import gated_read_out, memory_address
+from mmrec.ops.gated_read_out import gated_read_out_naive
+from mmrec.ops.gated_read_out import kernels as read_out_kernels
+from mmrec.ops.memory_address import kernels as address_kernels
+from mmrec.ops.memory_address import memory_address_naive
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """An operator, its truth, the shapes of its inputs, and the arguments that follow them."""
+
+    name: str
+    op: Callable[..., Any]
+    naive: Callable[..., Any]
+    shapes: dict[str, str]
+    options: tuple[float, ...] = ()
+
+    def draw(self, setting: Setting, time: int) -> list[Tensor]:
+        """Fresh random inputs; gains are fp32 as in a mixed-precision network."""
+        sizes = {**setting.sizes, "T": time}
+        shapes = [[sizes[letter] for letter in letters] for letters in self.shapes.values()]
+        wide = [letters == "HK" for letters in self.shapes.values()]
+        kinds = [setting.wide if is_wide else setting.dtype for is_wide in wide]
+        return [torch.randn(shape, dtype=setting.wide).to(setting.device, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+
+    def run(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Outputs, and gradients of a random projection of them."""
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        outputs = function(*leaves, *self.options)
+        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        generator = torch.Generator().manual_seed(3)
+        cotangents = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
+        return outputs, list(torch.autograd.grad(outputs, leaves, cotangents))
+
+
+ADDRESS = Pass("memory_address", memory_address, memory_address_naive, {"q": "BTHK", "k": "BTHK", "h": "BTHK"})
+READ_OUT = Pass(
+    "gated_read_out",
+    gated_read_out,
+    gated_read_out_naive,
+    {"r": "BTHK", "h": "BTHK", "e": "BTHK", "g_r": "HK", "g_h": "HK"},
+    (1e-6,),
+)
+passes = pytest.mark.parametrize("one", [ADDRESS, READ_OUT], ids=lambda one: one.name)
+WIDE = INTERPRETED.resized(B=1, H=1, K=512)
+everywhere = in_settings(
+    [
+        *((setting, time) for setting in (CPU, *CPU_LOW) for time in (1, 9)),
+        *((setting, time) for setting in (INTERPRETED, INTERPRETED_LOW[0], WIDE) for time in (1, 13)),
+        (INTERPRETED, 400),
+        *((setting, time) for setting in (GPU, GPU_LOW[0], GPU_LOW[0].resized(K=512)) for time in (1, 700)),
+    ]
+)
+
+
+@passes
+@everywhere
+def test_values_and_gradients(one: Pass, setting: Setting, time: int) -> None:
+    inputs = one.draw(setting, time)
+    outputs, gradients = one.run(one.op, inputs)
+    expected, expected_gradients = one.run(one.naive, [tensor.double() for tensor in inputs])
+    limit = TOLERANCE[setting.dtype]
+    for actual, truth in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
+        assert_same(actual, truth, limit=limit)
+    assert [o.dtype for o in outputs] == [setting.dtype] * len(outputs)
+    assert all(o.is_contiguous() for o in outputs)
+    assert [g.dtype for g in gradients] == [i.dtype for i in inputs]
+
+
+@passes
+@in_settings([(CPU, 3)])
+def test_gradcheck(one: Pass, setting: Setting, time: int) -> None:
+    inputs = tuple(tensor.requires_grad_() for tensor in one.draw(setting, time))
+    assert torch.autograd.gradcheck(lambda *tensors: one.op(*tensors, *one.options), inputs)
+
+
+@passes
+@in_settings([(CPU, 3), (INTERPRETED, 3), (GPU, 3), (GPU_LOW[0], 3)])
+def test_opcheck(one: Pass, setting: Setting, time: int) -> None:
+    inputs = one.draw(setting, time)
+    torch.library.opcheck(operator(one.name), (*(t.requires_grad_() for t in inputs), *one.options))
+    inputs = [tensor.detach() for tensor in inputs]
+    outputs = operator(one.name)(*inputs, *one.options)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    backward = (*(torch.randn_like(o) for o in outputs), *inputs, *one.options)
+    torch.library.opcheck(operator(f"{one.name}_bwd"), backward)
+    gradients = operator(f"{one.name}_bwd")(*backward)
+    torch.library.opcheck(operator(f"{one.name}_bwd_out"), (*backward, *(torch.full_like(g, float("nan")) for g in gradients)))
+
+
+@passes
+@in_settings([(CPU, 5), (INTERPRETED, 21), (GPU, 130), (GPU_LOW[0], 700)])
+def test_views_of_one_buffer_in_and_out(one: Pass, setting: Setting, time: int) -> None:
+    """Inputs are slices of a wider tensor, as HEM's parts are; gradients are written into slices, and nothing else is."""
+    inputs = one.draw(setting, time)
+    outputs, _ = one.run(one.op, inputs)
+    cotangents = [torch.randn_like(o) for o in outputs]
+    expected = operator(f"{one.name}_bwd")(*cotangents, *inputs, *one.options)
+
+    def sliced(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        width = tensors[0][0, 0].numel()
+        buffer = tensors[0].new_full((*tensors[0].shape[:2], len(tensors) * (width + 3)), float("nan"))
+        views = [buffer[..., i * (width + 3) + 1 :][..., :width].unflatten(-1, tensors[0].shape[2:]) for i in range(len(tensors))]
+        return buffer, views
+
+    long = [i for i, tensor in enumerate(inputs) if tensor.ndim == 4]
+    _, views = sliced([inputs[i] for i in long])
+    strided = list(inputs)
+    for i, view in zip(long, views, strict=True):
+        strided[i] = view.copy_(inputs[i])
+    for actual, same in zip(one.run(one.op, strided)[0], outputs, strict=True):
+        assert_same(actual, same)
+    buffer, views = sliced([inputs[i] for i in long])
+    written = [torch.full_like(tensor, float("nan")) for tensor in inputs]
+    for i, view in zip(long, views, strict=True):
+        written[i] = view
+    operator(f"{one.name}_bwd_out")(*cotangents, *strided, *one.options, *written)
+    for actual, same in zip(written, expected, strict=True):
+        assert_same(actual, same)
+        actual.fill_(float("nan"))
+    assert buffer.isnan().all()
+
+
+@passes
+@in_settings([(CPU, 4), (INTERPRETED, 4), (GPU, 4)])
+def test_zero_vectors_have_finite_gradients(one: Pass, setting: Setting, time: int) -> None:
+    outputs, gradients = one.run(one.op, [torch.zeros_like(tensor) for tensor in one.draw(setting, time)])
+    assert all(tensor.isfinite().all() for tensor in (*outputs, *gradients))
+    assert not any(output.any() for output in outputs)
+
+
+@passes
+def test_wrong_shapes_are_named(one: Pass) -> None:
+    inputs = one.draw(CPU, 3)
+    names = list(one.shapes)
+    for i in range(1, len(inputs)):
+        wrong = [tensor[..., :-1] if j == i else tensor for j, tensor in enumerate(inputs)]
+        with pytest.raises(ValueError, match=f"{one.name}: {names[i]} has shape"):
+            one.op(*wrong, *one.options)
+    with pytest.raises(ValueError, match="T = 0"):
+        one.op(*(tensor[:, :0] if tensor.ndim == 4 else tensor for tensor in inputs), *one.options)
+
+
+@passes
+@pytest.mark.parametrize("width", [20, 128, 512])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_kernels_compile(one: Pass, width: int, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = address_kernels if one is ADDRESS else read_out_kernels
+    found: list[Any] = []
+    monkeypatch.setattr(kernels, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
+    inputs = one.draw(CPU_LOW[1].resized(H=2, K=width), 4096)
+    outputs = kernels.launch_forward(*inputs, *one.options)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    kernels.launch_backward(*outputs, *inputs, *one.options, *(torch.empty_like(tensor) for tensor in inputs))
+    assert len(found) == 2
+    for launched in found:
+        assert compiled_for(architecture, launched).metadata.shared <= SHARED_MEMORY[architecture]
