@@ -32,6 +32,7 @@ OUR_COMMANDS = {
     "generate": Command("mmrec.commandline.command_generate"),
     "prepare": Command("mmrec.commandline.command_prepare"),
     "configs": Command("mmrec.commandline.command_configs"),
+    "doctor": Command("mmrec.commandline.command_doctor"),
 }
 
 

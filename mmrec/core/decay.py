@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Below lies nothing worth carrying; at 0 nothing would be written.
 LOG_GAMMA_MIN = math.log(1e-6)
 LOG_GAMMA_MAX = -1e-6
 SHORT_TERM_TIME_CONSTANTS = (2.0, 2048.0)  # tokens
@@ -31,20 +32,11 @@ class Float32Parameters(nn.Module):
 
 
 class DecayBias(Float32Parameters):
-    """A bias of D decay logits in fp32, added in fp32."""
+    """A bias of D decay logits, kept in fp32."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
-
-    def forward(self, logits: Tensor) -> Tensor:
-        """Logits of any float dtype plus the bias, in the wider of fp32 and theirs."""
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)) + self.bias
-
-
-def bound_log_gamma(log_gamma: Tensor) -> Tensor:
-    """Clamp log-decays to [log 1e-6, −1e-6]: below lies nothing worth carrying, at 0 nothing would be written."""
-    return log_gamma.clamp(LOG_GAMMA_MIN, LOG_GAMMA_MAX)
 
 
 def spread_time_constants(count: int, bounds: tuple[float, float], groups: int = 1) -> Tensor:

@@ -7,14 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrec.config import MMRecConfig
-from mmrec.core.decay import SHORT_TERM_TIME_CONSTANTS, DecayBias, bound_log_gamma, spread_time_constants
+from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN, SHORT_TERM_TIME_CONSTANTS, DecayBias, spread_time_constants
 from mmrec.core.initialization import draw_apart, empty_linear
+from mmrec.ops import decay_log
 
 _CONTEXT_BIAS = 8.0  # σ(8) = 0.99966: the context modulation starts as good as absent
 
 
 class _GateMLP(nn.Module):
-    """`D → D/4 → D` with GELU; the last bias is fp32."""
+    """`D → D/4 → D` with GELU; the last bias, in fp32, is added by who takes the logarithm."""
 
     def __init__(self, model_dim: int) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class _GateMLP(nn.Module):
         self.out_bias = DecayBias(model_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.out_bias(self.W_out(F.gelu(self.W_in(x))))
+        logits: Tensor = self.W_out(F.gelu(self.W_in(x)))
         return logits
 
 
@@ -83,10 +84,9 @@ class MDI(nn.Module):
         bias.copy_(torch.logit(gamma))
 
     def forward(self, z_BTD: Tensor, k_BTD: Tensor) -> Tensor:
-        """log γ, (B, T, D), fp32, in [log 1e-6, −1e-6].
-
-        `logsigmoid` and not `log(sigmoid)`: the latter has a relative error of 5e-4 at logit 10 and 0.2 at 15.
-        """
+        """log γ, (B, T, D), fp32, in [log 1e-6, −1e-6]."""
+        low, high = LOG_GAMMA_MIN, LOG_GAMMA_MAX
         if self.use_dpg:
-            return bound_log_gamma(F.logsigmoid(self.up_bias(self.W_up(F.relu(self.W_down(z_BTD))))))
-        return bound_log_gamma(F.logsigmoid(self.decay_mlp(z_BTD)) + F.logsigmoid(self.context_mlp(k_BTD)))
+            return decay_log(self.W_up(F.relu(self.W_down(z_BTD))), self.up_bias.bias, low=low, high=high)
+        decay, context = self.decay_mlp, self.context_mlp
+        return decay_log(decay(z_BTD), decay.out_bias.bias, context(k_BTD), context.out_bias.bias, low=low, high=high)

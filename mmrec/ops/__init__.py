@@ -1,10 +1,11 @@
-"""The four recurrences of MM-Rec, and the two passes around its long-term memory.
+"""The four recurrences of MM-Rec, and the elementwise passes around them.
 
 Every operator is a folder: `naive.py` is the truth, a plain loop where it is a recurrence; `kernels*.py` are the Triton kernels, which run
 on CUDA and, with `TRITON_INTERPRET=1` set before Python starts, on a CPU; `pytorch.py` is what runs on a CPU otherwise, and for float64
 everywhere. States and log-decays are fp32 inside, whatever the inputs' dtype.
 """
 
+from mmrec.ops.decay_log import decay_log
 from mmrec.ops.exp_product_scan import exp_product_scan
 from mmrec.ops.gated_read_out import gated_read_out
 from mmrec.ops.gated_scan import gated_scan
@@ -12,4 +13,4 @@ from mmrec.ops.linear_scan import linear_scan
 from mmrec.ops.memory_address import memory_address
 from mmrec.ops.memory_scan import memory_scan
 
-__all__ = ["exp_product_scan", "gated_read_out", "gated_scan", "linear_scan", "memory_address", "memory_scan"]
+__all__ = ["decay_log", "exp_product_scan", "gated_read_out", "gated_scan", "linear_scan", "memory_address", "memory_scan"]

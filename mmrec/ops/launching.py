@@ -66,8 +66,8 @@ def launch(kernel: Any, tensors: tuple[Tensor | None, ...], prepare: Callable[[]
             compiled = kernel[grid](*tensors, *numbers, **named)
             break
         except OutOfResources:
-            # A GPU with less shared memory than the table's: the same tiles, fewer of them on their way.
-            if named.get("STAGES", 1) == 1:
+            # A GPU with less shared memory than the table's: the same tiles, fewer of them on their way. Not where options are tried out.
+            if named.get("STAGES", 1) == 1 or tuning.overrides():
                 raise
             named = named | {"STAGES": named["STAGES"] - 1}
     if not INTERPRETED:

@@ -27,19 +27,19 @@ def _pointers(ptr, batch, head, first, stride_b, stride_t, stride_h, stride_k, M
 
 
 @triton.jit
-def _inside(first, T, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr):
+def _inside(first, T, K, M: tl.constexpr, BK: tl.constexpr):
     return (first + tl.arange(0, M) < T)[:, None] & (tl.arange(0, BK) < K)[None, :]
 
 
 @triton.jit
-def load_tile(ptr, batch, head, first, stride_b, stride_t, stride_h, stride_k, T, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr):
+def load_tile(ptr, batch, head, first, stride_b, stride_t, stride_h, stride_k, T, K, M: tl.constexpr, BK: tl.constexpr):
     """(M, BK) in fp32, zeros outside."""
     pointers = _pointers(ptr, batch, head, first, stride_b, stride_t, stride_h, stride_k, M, BK)
     return tl.load(pointers, mask=_inside(first, T, K, M, BK), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def store_tile(ptr, x, batch, head, first, stride_b, stride_t, stride_h, stride_k, T, K: tl.constexpr, M: tl.constexpr, BK: tl.constexpr):
+def store_tile(ptr, x, batch, head, first, stride_b, stride_t, stride_h, stride_k, T, K, M: tl.constexpr, BK: tl.constexpr):
     """The way back of `load_tile`, in the tensor's dtype."""
     pointers = _pointers(ptr, batch, head, first, stride_b, stride_t, stride_h, stride_k, M, BK)
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=_inside(first, T, K, M, BK))

@@ -17,6 +17,7 @@ _TABLES = Path(__file__).parent / "tables"
 _FALLBACK = "sm90"  # for architectures that nobody has tuned on: right everywhere, fast on Hopper
 _OVERRIDES: dict[str, dict[str, Any]] = {}
 _GENERATION = [0]  # counts the changes of _OVERRIDES: what is remembered of launches belongs to one of them
+_DEPTH = [0]  # of `overridden` blocks
 
 
 @cache
@@ -60,12 +61,19 @@ def overridden(**options: dict[str, Any]) -> Iterator[None]:
     before = dict(_OVERRIDES)
     _OVERRIDES.update(options)
     _GENERATION[0] += 1
+    _DEPTH[0] += 1
     try:
         yield
     finally:
         _OVERRIDES.clear()
         _OVERRIDES.update(before)
         _GENERATION[0] += 1
+        _DEPTH[0] -= 1
+
+
+def overrides() -> bool:
+    """Whether launches run inside `overridden`."""
+    return _DEPTH[0] > 0
 
 
 def generation() -> int:

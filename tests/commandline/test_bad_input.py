@@ -78,7 +78,7 @@ def test_a_bad_config_is_one_line(content: str, cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no command given; choose one of fit, validate, test, predict, generate, prepare, configs, or --help"),
+        ((), "no command given; choose one of fit, validate, test, predict, generate, prepare, configs, doctor, or --help"),
         (("fitt",), "no command fitt; did you mean fit?"),
         (("fit", "--config"), "--config needs the name or path of a config"),
         (("configs", "nope"), "no config nope"),

@@ -58,7 +58,9 @@ def compiled_for(architecture: int, launched: Launched) -> Any:
 KINDS = [
     *((case, torch.bfloat16, {"D": 4096, "P": 4096}) for case in CASES[:3]),
     *((case, torch.float32, {"D": 40, "P": 10}) for case in CASES[:3]),
-    *((CASES[3], torch.bfloat16, {"H": 32, "K": width, "V": width}) for width in (64, 128, 512)),
+    (CASES[1], torch.bfloat16, {"D": 2048, "P": 2048}),  # the class between few and many channels
+    *((CASES[3], torch.bfloat16, {"H": 32, "K": width, "V": width}) for width in (64, 128, 256, 512)),
+    *((CASES[3], torch.bfloat16, {"H": heads, "K": width, "V": width}) for heads, width in ((8, 128), (1, 512))),  # few heads
     (CASES[3], torch.float32, {"H": 2, "K": 20, "V": 20}),
 ]
 

@@ -121,6 +121,13 @@ def test_fewer_stages_where_shared_memory_is_small(kernel: Kernel) -> None:
     assert small.ran == [(x, 2)]  # the second launch, from memory, with what fitted
 
 
+def test_options_that_are_tried_out_run_as_given_or_not_at_all(kernel: Kernel) -> None:
+    small = SmallGPU()
+    with overridden(), pytest.raises(OutOfResources):
+        launch(small, (torch.zeros(3, 8),), lambda: Call((1,), (), {"STAGES": 4}))
+    assert len(small.compiled) == 1
+
+
 def test_what_never_fits_is_an_error(kernel: Kernel) -> None:
     small = SmallGPU(stages=0)
     with pytest.raises(OutOfResources):

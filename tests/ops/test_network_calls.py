@@ -15,10 +15,10 @@ from mmrec.model import MMRecModel
 # `state_gate`, whether a state is carried in, and the operators that must run.
 LONG_TERM = ["memory_address", "memory_scan", "gated_read_out"]
 CALLS = [
-    (True, False, ["gated_scan", *LONG_TERM]),
-    (True, True, ["gated_scan", *LONG_TERM]),
-    (False, False, ["linear_scan", *LONG_TERM]),
-    (False, True, ["linear_scan", "exp_product_scan", *LONG_TERM]),
+    (True, False, ["decay_log", "gated_scan", *LONG_TERM]),
+    (True, True, ["decay_log", "gated_scan", *LONG_TERM]),
+    (False, False, ["decay_log", "linear_scan", *LONG_TERM]),
+    (False, True, ["decay_log", "linear_scan", "exp_product_scan", *LONG_TERM]),
 ]
 calls = pytest.mark.parametrize(("state_gate", "carried", "expected"), CALLS)
 

@@ -1,4 +1,4 @@
-"""The two passes around the long-term memory against their formulas: values, gradients, strides, buffers, torch's own checks."""
+"""The elementwise passes around the recurrences against their formulas: values, gradients, strides, buffers, torch's own checks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from support import TOLERANCE, assert_same
 from test_compilation import SHARED_MEMORY, compiled_for
 from torch import Tensor
 
-from mmrec.ops import gated_read_out, memory_address
+from mmrec.ops import decay_log, gated_read_out, memory_address
+from mmrec.ops.decay_log import decay_log_naive
+from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.gated_read_out import gated_read_out_naive
 from mmrec.ops.gated_read_out import kernels as read_out_kernels
 from mmrec.ops.memory_address import kernels as address_kernels
@@ -30,13 +32,18 @@ class Pass:
     naive: Callable[..., Any]
     shapes: dict[str, str]
     options: tuple[float, ...] = ()
+    wide_output: bool = False
+
+    @property
+    def long(self) -> list[int]:
+        """Indices of the inputs with a time dimension."""
+        return [i for i, letters in enumerate(self.shapes.values()) if "T" in letters]
 
     def draw(self, setting: Setting, time: int) -> list[Tensor]:
-        """Fresh random inputs; gains are fp32 as in a mixed-precision network."""
+        """Fresh random inputs; gains and biases are fp32 as in a mixed-precision network."""
         sizes = {**setting.sizes, "T": time}
         shapes = [[sizes[letter] for letter in letters] for letters in self.shapes.values()]
-        wide = [letters == "HK" for letters in self.shapes.values()]
-        kinds = [setting.wide if is_wide else setting.dtype for is_wide in wide]
+        kinds = [setting.dtype if "T" in letters else setting.wide for letters in self.shapes.values()]
         return [torch.randn(shape, dtype=setting.wide).to(setting.device, kind) for shape, kind in zip(shapes, kinds, strict=True)]
 
     def run(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -57,14 +64,24 @@ READ_OUT = Pass(
     {"r": "BTHK", "h": "BTHK", "e": "BTHK", "g_r": "HK", "g_h": "HK"},
     (1e-6,),
 )
-passes = pytest.mark.parametrize("one", [ADDRESS, READ_OUT], ids=lambda one: one.name)
-WIDE = INTERPRETED.resized(B=1, H=1, K=512)
+BOUNDS = (-2.0, -0.05)  # so narrow that values lie outside
+DECAY = Pass(
+    "decay_log",
+    lambda *arguments: decay_log(*arguments[:-2], low=arguments[-2], high=arguments[-1]),
+    decay_log_naive,
+    {"logits": "BTD", "bias": "D", "context": "BTD", "context_bias": "D"},
+    BOUNDS,
+    wide_output=True,
+)
+KERNELS = {"memory_address": address_kernels, "gated_read_out": read_out_kernels, "decay_log": decay_kernels}
+passes = pytest.mark.parametrize("one", [ADDRESS, READ_OUT, DECAY], ids=lambda one: one.name)
+WIDE = INTERPRETED.resized(B=1, H=1, K=512, D=300)
 everywhere = in_settings(
     [
         *((setting, time) for setting in (CPU, *CPU_LOW) for time in (1, 9)),
         *((setting, time) for setting in (INTERPRETED, INTERPRETED_LOW[0], WIDE) for time in (1, 13)),
         (INTERPRETED, 400),
-        *((setting, time) for setting in (GPU, GPU_LOW[0], GPU_LOW[0].resized(K=512)) for time in (1, 700)),
+        *((setting, time) for setting in (GPU, GPU_LOW[0], GPU_LOW[0].resized(K=512, D=4096)) for time in (1, 700)),
     ]
 )
 
@@ -78,7 +95,7 @@ def test_values_and_gradients(one: Pass, setting: Setting, time: int) -> None:
     limit = TOLERANCE[setting.dtype]
     for actual, truth in zip([*outputs, *gradients], [*expected, *expected_gradients], strict=True):
         assert_same(actual, truth, limit=limit)
-    assert [o.dtype for o in outputs] == [setting.dtype] * len(outputs)
+    assert [o.dtype for o in outputs] == [setting.wide if one.wide_output else setting.dtype] * len(outputs)
     assert all(o.is_contiguous() for o in outputs)
     assert [g.dtype for g in gradients] == [i.dtype for i in inputs]
 
@@ -119,7 +136,7 @@ def test_views_of_one_buffer_in_and_out(one: Pass, setting: Setting, time: int) 
         views = [buffer[..., i * (width + 3) + 1 :][..., :width].unflatten(-1, tensors[0].shape[2:]) for i in range(len(tensors))]
         return buffer, views
 
-    long = [i for i, tensor in enumerate(inputs) if tensor.ndim == 4]
+    long = one.long
     _, views = sliced([inputs[i] for i in long])
     strided = list(inputs)
     for i, view in zip(long, views, strict=True):
@@ -142,7 +159,7 @@ def test_views_of_one_buffer_in_and_out(one: Pass, setting: Setting, time: int) 
 def test_zero_vectors_have_finite_gradients(one: Pass, setting: Setting, time: int) -> None:
     outputs, gradients = one.run(one.op, [torch.zeros_like(tensor) for tensor in one.draw(setting, time)])
     assert all(tensor.isfinite().all() for tensor in (*outputs, *gradients))
-    assert not any(output.any() for output in outputs)
+    assert one is DECAY or not any(output.any() for output in outputs)
 
 
 @passes
@@ -154,20 +171,36 @@ def test_wrong_shapes_are_named(one: Pass) -> None:
         with pytest.raises(ValueError, match=f"{one.name}: {names[i]} has shape"):
             one.op(*wrong, *one.options)
     with pytest.raises(ValueError, match="T = 0"):
-        one.op(*(tensor[:, :0] if tensor.ndim == 4 else tensor for tensor in inputs), *one.options)
+        one.op(*(tensor[:, :0] if i in one.long else tensor for i, tensor in enumerate(inputs)), *one.options)
 
 
 @passes
 @pytest.mark.parametrize("width", [20, 128, 512])
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile(one: Pass, width: int, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    kernels = address_kernels if one is ADDRESS else read_out_kernels
+    kernels = KERNELS[one.name]
     found: list[Any] = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
-    inputs = one.draw(CPU_LOW[1].resized(H=2, K=width), 4096)
+    inputs = one.draw(CPU_LOW[1].resized(H=2, K=width, D=2 * width), 4096)
     outputs = kernels.launch_forward(*inputs, *one.options)
     outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     kernels.launch_backward(*outputs, *inputs, *one.options, *(torch.empty_like(tensor) for tensor in inputs))
     assert len(found) == 2
     for launched in found:
         assert compiled_for(architecture, launched).metadata.shared <= SHARED_MEMORY[architecture]
+
+
+@in_settings([(CPU_LOW[0], 3), (INTERPRETED, 3), (GPU, 3)])
+def test_log_decays_keep_their_digits(setting: Setting, time: int) -> None:
+    """From 1e-6 a token to one part in a million a token, and without a context."""
+    setting = setting.resized(B=1, D=200)
+    logits = torch.linspace(-13, 13.5, 200).to(setting.device).expand(1, time, 200)
+    log_gamma = decay_log(logits, torch.zeros(200, device=setting.device), low=-13.8, high=-1e-6)
+    exact = torch.nn.functional.logsigmoid(logits.double()).clamp(-13.8, -1e-6)
+    assert ((log_gamma.double() - exact) / exact).abs().max() < 1e-6
+
+
+def test_a_context_without_its_bias_is_refused() -> None:
+    logits = torch.zeros(1, 2, 3)
+    with pytest.raises(ValueError, match="context and context_bias come together"):
+        decay_log(logits, torch.zeros(3), logits, low=-1.0, high=0.0)

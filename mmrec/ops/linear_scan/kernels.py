@@ -21,7 +21,7 @@ def decay_of(log_a, bits, j: tl.constexpr, HAS_RESET: tl.constexpr):
 
 @triton.jit
 def load_row(pointers, row, left, in_D, WHOLE: tl.constexpr, EVEN: tl.constexpr):
-    """One row of every group, [R, BD], zeros past `left` rows. No mask where none is needed: it costs a third of a loop's instructions."""
+    """One row of every group, [R, BD], zeros past `left` rows. A mask in the loop costs registers: none where all is inside."""
     if WHOLE and EVEN:
         return tl.load(pointers, eviction_policy="evict_first")
     elif WHOLE:
@@ -59,11 +59,11 @@ def forward_tile(
     R: tl.constexpr,
     G: tl.constexpr,
 ):
-    """Scan a tile of which `left` rows exist; the state that leaves it."""
+    """Scan a tile, all of it or (not WHOLE) `left` rows; the state that leaves it."""
     group = tl.arange(0, R)[:, None] * G
-    x_tile += tl.arange(0, R)[:, None] * (G * x_stride_T)
-    log_a_tile += tl.arange(0, R)[:, None] * (G * log_a_stride_T)
-    h_tile += tl.arange(0, R)[:, None] * (G * h_stride_T)
+    x_tile += tl.arange(0, R).to(tl.int64)[:, None] * (G * x_stride_T)
+    log_a_tile += tl.arange(0, R).to(tl.int64)[:, None] * (G * log_a_stride_T)
+    h_tile += tl.arange(0, R).to(tl.int64)[:, None] * (G * h_stride_T)
     decays = ()
     xs = ()
     for j in tl.static_range(G):
@@ -141,7 +141,7 @@ def forward_kernel(
         token = tl.cast(first_row, tl.int64)
         x_tile, log_a_tile, h_tile = x_ptr + token * x_stride_T, log_a_ptr + token * log_a_stride_T, h_ptr + token * h_stride_T
         carry = forward_tile(
-            x_tile, log_a_tile, h_tile, carry, bits, T, in_D, x_stride_T, log_a_stride_T, h_stride_T, HAS_RESET, True, EVEN, R, G
+            x_tile, log_a_tile, h_tile, carry, bits, R * G, in_D, x_stride_T, log_a_stride_T, h_stride_T, HAS_RESET, True, EVEN, R, G
         )
     if whole < T:
         bits = 0
@@ -177,16 +177,16 @@ def backward_tile(
     R: tl.constexpr,
     G: tl.constexpr,
 ):
-    """The scan of `f_t = a_t g_t` over a tile, row r a token before row r − 1; `left` rows are left up to the first token, that included.
+    """The scan of `f_t = a_t g_t` over a tile, row r a token before row r − 1; where not WHOLE, of `left` rows up to the first token.
 
     `before_tile` is the state before row 0; the first token's lies elsewhere, and its `dlog_a` is not written.
     """
     group = tl.arange(0, R)[:, None] * G
-    dh_tile -= tl.arange(0, R)[:, None] * (G * dh_stride_T)
-    before_tile -= tl.arange(0, R)[:, None] * (G * h_stride_T)
-    log_a_tile -= tl.arange(0, R)[:, None] * (G * log_a_stride_T)
-    dx_tile -= tl.arange(0, R)[:, None] * (G * dx_stride_T)
-    dlog_a_tile -= tl.arange(0, R)[:, None] * (G * dlog_a_stride_T)
+    dh_tile -= tl.arange(0, R).to(tl.int64)[:, None] * (G * dh_stride_T)
+    before_tile -= tl.arange(0, R).to(tl.int64)[:, None] * (G * h_stride_T)
+    log_a_tile -= tl.arange(0, R).to(tl.int64)[:, None] * (G * log_a_stride_T)
+    dx_tile -= tl.arange(0, R).to(tl.int64)[:, None] * (G * dx_stride_T)
+    dlog_a_tile -= tl.arange(0, R).to(tl.int64)[:, None] * (G * dlog_a_stride_T)
     decays = ()
     dhs = ()
     befores = ()
@@ -284,7 +284,7 @@ def backward_kernel(
         token = (T - 1 - first_row).to(tl.int64)
         carry = backward_tile(
             dh_ptr + token * dh_stride_T, h_ptr + (token - 1) * h_stride_T, log_a_ptr + token * log_a_stride_T,
-            dx_ptr + token * dx_stride_T, dlog_a_ptr + token * dlog_a_stride_T, carry, bits, T, in_D,
+            dx_ptr + token * dx_stride_T, dlog_a_ptr + token * dlog_a_stride_T, carry, bits, R * G, in_D,
             dh_stride_T, h_stride_T, log_a_stride_T, dx_stride_T, dlog_a_stride_T, HAS_RESET, True, EVEN, R, G,
         )  # fmt: skip
     bits = 0
