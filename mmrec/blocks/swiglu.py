@@ -1,7 +1,8 @@
 """The feed-forward half of a block."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmrec.ops import swiglu
 
 
 class SwiGLU(nn.Module):
@@ -13,7 +14,6 @@ class SwiGLU(nn.Module):
         self.W_down = nn.Linear(ffn_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) to (..., D)."""
-        gate, up = self.W_gate_up(x).chunk(2, dim=-1)
-        out: Tensor = self.W_down(F.silu(gate) * up)
+        """(B, T, D) to (B, T, D)."""
+        out: Tensor = self.W_down(swiglu(self.W_gate_up(x)))
         return out

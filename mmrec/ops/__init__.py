@@ -12,5 +12,6 @@ from mmrec.ops.gated_scan import gated_scan
 from mmrec.ops.linear_scan import linear_scan
 from mmrec.ops.memory_address import memory_address
 from mmrec.ops.memory_scan import memory_scan
+from mmrec.ops.swiglu import swiglu
 
-__all__ = ["decay_log", "exp_product_scan", "gated_read_out", "gated_scan", "linear_scan", "memory_address", "memory_scan"]
+__all__ = ["decay_log", "exp_product_scan", "gated_read_out", "gated_scan", "linear_scan", "memory_address", "memory_scan", "swiglu"]

@@ -13,12 +13,12 @@ from mmrec.core.memory import BlockState
 from mmrec.model import MMRecModel
 
 # `state_gate`, whether a state is carried in, and the operators that must run.
-LONG_TERM = ["memory_address", "memory_scan", "gated_read_out"]
+REST = ["memory_address", "memory_scan", "gated_read_out", "swiglu"]
 CALLS = [
-    (True, False, ["decay_log", "gated_scan", *LONG_TERM]),
-    (True, True, ["decay_log", "gated_scan", *LONG_TERM]),
-    (False, False, ["decay_log", "linear_scan", *LONG_TERM]),
-    (False, True, ["decay_log", "linear_scan", "exp_product_scan", *LONG_TERM]),
+    (True, False, ["decay_log", "gated_scan", *REST]),
+    (True, True, ["decay_log", "gated_scan", *REST]),
+    (False, False, ["decay_log", "linear_scan", *REST]),
+    (False, True, ["decay_log", "linear_scan", "exp_product_scan", *REST]),
 ]
 calls = pytest.mark.parametrize(("state_gate", "carried", "expected"), CALLS)
 

@@ -12,15 +12,22 @@ from support import TOLERANCE, assert_same
 from test_compilation import SHARED_MEMORY, compiled_for
 from torch import Tensor
 
-from mmrec.ops import decay_log, gated_read_out, memory_address
+from mmrec.ops import decay_log, gated_read_out, memory_address, swiglu
 from mmrec.ops.decay_log import decay_log_naive
 from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.gated_read_out import gated_read_out_naive
 from mmrec.ops.gated_read_out import kernels as read_out_kernels
 from mmrec.ops.memory_address import kernels as address_kernels
 from mmrec.ops.memory_address import memory_address_naive
+from mmrec.ops.swiglu import kernels as swiglu_kernels
+from mmrec.ops.swiglu import swiglu_naive
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+def as_list(results: Any) -> list[Tensor]:
+    """Of one tensor or several."""
+    return [results] if isinstance(results, Tensor) else list(results)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class Pass:
         """Outputs, and gradients of a random projection of them."""
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         outputs = function(*leaves, *self.options)
-        outputs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        outputs = as_list(outputs)
         generator = torch.Generator().manual_seed(3)
         cotangents = [torch.randn(o.shape, generator=generator).bfloat16().to(o.device, o.dtype) for o in outputs]
         return outputs, list(torch.autograd.grad(outputs, leaves, cotangents))
@@ -73,15 +80,16 @@ DECAY = Pass(
     BOUNDS,
     wide_output=True,
 )
-KERNELS = {"memory_address": address_kernels, "gated_read_out": read_out_kernels, "decay_log": decay_kernels}
-passes = pytest.mark.parametrize("one", [ADDRESS, READ_OUT, DECAY], ids=lambda one: one.name)
-WIDE = INTERPRETED.resized(B=1, H=1, K=512, D=300)
+SWIGLU = Pass("swiglu", swiglu, swiglu_naive, {"gate_up": "BTP"})
+KERNELS = {"swiglu": swiglu_kernels, "memory_address": address_kernels, "gated_read_out": read_out_kernels, "decay_log": decay_kernels}
+passes = pytest.mark.parametrize("one", [ADDRESS, READ_OUT, DECAY, SWIGLU], ids=lambda one: one.name)
+WIDE = INTERPRETED.resized(B=1, H=1, K=512, D=300, P=300)
 everywhere = in_settings(
     [
         *((setting, time) for setting in (CPU, *CPU_LOW) for time in (1, 9)),
         *((setting, time) for setting in (INTERPRETED, INTERPRETED_LOW[0], WIDE) for time in (1, 13)),
         (INTERPRETED, 400),
-        *((setting, time) for setting in (GPU, GPU_LOW[0], GPU_LOW[0].resized(K=512, D=4096)) for time in (1, 700)),
+        *((setting, time) for setting in (GPU, GPU_LOW[0], GPU_LOW[0].resized(K=512, D=4096, P=4096)) for time in (1, 700)),
     ]
 )
 
@@ -114,10 +122,10 @@ def test_opcheck(one: Pass, setting: Setting, time: int) -> None:
     torch.library.opcheck(operator(one.name), (*(t.requires_grad_() for t in inputs), *one.options))
     inputs = [tensor.detach() for tensor in inputs]
     outputs = operator(one.name)(*inputs, *one.options)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    outputs = as_list(outputs)
     backward = (*(torch.randn_like(o) for o in outputs), *inputs, *one.options)
     torch.library.opcheck(operator(f"{one.name}_bwd"), backward)
-    gradients = operator(f"{one.name}_bwd")(*backward)
+    gradients = as_list(operator(f"{one.name}_bwd")(*backward))
     torch.library.opcheck(operator(f"{one.name}_bwd_out"), (*backward, *(torch.full_like(g, float("nan")) for g in gradients)))
 
 
@@ -128,7 +136,7 @@ def test_views_of_one_buffer_in_and_out(one: Pass, setting: Setting, time: int) 
     inputs = one.draw(setting, time)
     outputs, _ = one.run(one.op, inputs)
     cotangents = [torch.randn_like(o) for o in outputs]
-    expected = operator(f"{one.name}_bwd")(*cotangents, *inputs, *one.options)
+    expected = as_list(operator(f"{one.name}_bwd")(*cotangents, *inputs, *one.options))
 
     def sliced(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         width = tensors[0][0, 0].numel()
@@ -181,9 +189,9 @@ def test_kernels_compile(one: Pass, width: int, architecture: int, monkeypatch: 
     kernels = KERNELS[one.name]
     found: list[Any] = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
-    inputs = one.draw(CPU_LOW[1].resized(H=2, K=width, D=2 * width), 4096)
+    inputs = one.draw(CPU_LOW[1].resized(H=2, K=width, D=2 * width, P=2 * width), 4096)
     outputs = kernels.launch_forward(*inputs, *one.options)
-    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+    outputs = as_list(outputs)
     kernels.launch_backward(*outputs, *inputs, *one.options, *(torch.empty_like(tensor) for tensor in inputs))
     assert len(found) == 2
     for launched in found:
@@ -204,3 +212,8 @@ def test_a_context_without_its_bias_is_refused() -> None:
     logits = torch.zeros(1, 2, 3)
     with pytest.raises(ValueError, match="context and context_bias come together"):
         decay_log(logits, torch.zeros(3), logits, low=-1.0, high=0.0)
+
+
+def test_an_odd_width_has_no_halves() -> None:
+    with pytest.raises(ValueError, match="7 channels"):
+        swiglu(torch.zeros(1, 2, 7))
