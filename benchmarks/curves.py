@@ -15,6 +15,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmrec.files import write_atomically
+from mmrec.measuring.machine import device, device_name
 
 CURVES = ("train/loss", "train/loss_main", "train/loss_aux", "train/grad_norm", "val/", "aux/")
 PATHS = ("default_root_dir", "tokens_dir", "tokenizer", "train_files", "validation_files", "cache_dir", "snapshot_dir", "dirpath")
@@ -23,13 +24,9 @@ POINTS = 60  # a tag, at the most; the ends are always kept
 
 def machine() -> dict[str, Any]:
     """Where the figures were taken."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        with open("/proc/cpuinfo") as file:
-            model = next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.processor())
-        device = f"CPU: {model}, {len(os.sched_getaffinity(0))} cores"
-    return {"device": device, "python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
+    where = device()
+    name = device_name(where) if where.type == "cuda" else f"CPU: {device_name(where)}, {len(os.sched_getaffinity(0))} cores"
+    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
 
 
 def thin(points: list[Any]) -> list[Any]:

@@ -5,43 +5,20 @@ relations of docs/math.md.
 """
 
 import argparse
-import copy
 import json
 from pathlib import Path
 
 import torch
 from curves import machine
-from network_parity import relative_error
 
-from mmrec.blocks.mm_rec_block import MMRecBlock
+from mmrec.config import MMRecConfig
+from mmrec.scripts.hem_parity import block_pair, parity_errors
 
 
 def parity(dtype: torch.dtype, pe_dim: int, model_dim: int = 256) -> dict[str, float]:
     """Errors of the fused block by quantity, the unfused one being the reference."""
-    off = MMRecBlock(model_dim=model_dim, num_heads=2, use_hem=False, pe_dim=pe_dim).to(dtype)
-    with torch.no_grad():
-        for linear in off.projections.children():
-            linear.bias.normal_(std=0.1)
-    on = copy.deepcopy(off)
-    on.set_hem(True)
-    x, weight = torch.randn(2, 65, model_dim, dtype=dtype), torch.randn(2, 65, model_dim, dtype=dtype)
-    found = {}
-    for block in (off, on):
-        leaf = x.clone().requires_grad_()
-        y, planning = block(leaf, return_auxiliary_loss=True)
-        ((y * weight).sum() + planning.mean()).backward()
-        found[block] = {"output": y, "L_aux": planning.mean(), "dx": leaf.grad} | {
-            name: parameter.grad for name, parameter in block.named_parameters() if not name.startswith("projections.")
-        }
-    found[off] |= {name: parameter.grad for name, parameter in off.projections.named_parameters()}
-    dW = on.projections.W_fused.weight.grad.split(on.projections.widths)
-    db = on.projections.W_fused.bias.grad.split(on.projections.widths)
-    W_p, b_p, W_e = off.projections.W_p.weight, off.projections.W_p.bias, off.projections.W_e.weight
-    found[on] |= {f"W_{name}.weight": dW[index] for index, name in enumerate("qkvz")}
-    found[on] |= {f"W_{name}.bias": db[index] for index, name in enumerate("qkvz")}
-    found[on] |= {"W_e.weight": dW[5] @ W_p.T + torch.outer(db[5], b_p), "W_e.bias": db[5]}
-    found[on] |= {"W_p.weight": dW[4] + W_e.T @ dW[5], "W_p.bias": db[4] + W_e.T @ db[5]}
-    return {name: relative_error(found[on][name], expected.double()) for name, expected in found[off].items()}
+    pair = block_pair(MMRecConfig(model_dim=model_dim, num_heads=2, pe_dim=pe_dim, num_layers=1), torch.device("cpu"), dtype)
+    return parity_errors(pair, *torch.randn(2, 2, 65, model_dim, dtype=dtype))
 
 
 def main() -> None:

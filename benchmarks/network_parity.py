@@ -14,14 +14,10 @@ from typing import Any
 import torch
 from curves import machine
 
+from mmrec.measuring.errors import relative_error
 from mmrec.model import MMRecModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """‖actual − expected‖ / ‖expected‖ in float64 on the CPU."""
-    return float((actual.detach().cpu().double() - expected.detach()).norm() / expected.detach().norm())
 
 
 def parity(dtype: torch.dtype, compiled: bool, use_hem: bool, device: str) -> dict[str, Any]:

@@ -17,9 +17,10 @@ from types import FrameType
 import torch
 import torch.nn.functional as F
 from operator_cases import Shape, Timing
-from operator_timing import Clocked, kernel_ms, median_ms
-from processes import Failure, guarded, reason_of
 from torch import Tensor
+
+from mmrec.measuring.clocks import Clocked, kernel_ms, median_ms
+from mmrec.measuring.failures import Failure, guarded, reason_of
 
 BUDGET = 40.0  # seconds a peer may take over all shapes; what is under way then gets as long again
 Prepared = tuple[Callable[..., Tensor], tuple[Tensor, ...]]

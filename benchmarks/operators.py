@@ -20,22 +20,14 @@ from operator_cases import OPERATORS, Timing, draw, flops, moved_bytes, name_of,
 from operator_parity import Finding, all_findings, check_at, worst
 from operator_peers import BUDGET, Peers, versions
 from operator_plot import draw_plot
-from operator_timing import (
-    copy_rate,
-    device,
-    input_sets,
-    kernel_ms,
-    machine,
-    product_rate,
-    short_name,
-    synchronize,
-)
-from processes import reason_of
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from mmrec.files import write_atomically
+from mmrec.measuring.clocks import copy_rate, input_sets, kernel_ms, product_rate
+from mmrec.measuring.failures import reason_of
+from mmrec.measuring.machine import device, machine, short_name, synchronize
+from mmrec.measuring.results import write_rows
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -46,9 +38,9 @@ def calls(timing: Timing, direction: str, sets: Sequence[dict[str, Any]], cotang
     operator = OPERATORS[timing.operator]
 
     def forward(inputs: dict[str, Any]) -> Callable[[], Any]:
-        def call() -> None:
+        def call() -> Any:
             with torch.no_grad():
-                operator.op(**inputs, **timing.options)
+                return operator.op(**inputs, **timing.options)
 
         return call
 
@@ -190,13 +182,6 @@ def table(rows: Sequence[Row]) -> Table:
     return found
 
 
-def finite(value: Any) -> Any:
-    """JSON has no NaN and no infinity: null in their place."""
-    if isinstance(value, dict):
-        return {name: finite(item) for name, item in value.items()}
-    return None if isinstance(value, float) and not abs(value) < float("inf") else value
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
@@ -257,7 +242,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     broken = False
 
     def save() -> None:
-        write_atomically(output, (json.dumps([finite(row) for row in rows], indent=1, allow_nan=False) + "\n").encode())
+        write_rows(output, rows)
 
     before = len(findings)
     for timing in timings(options.quick, where):

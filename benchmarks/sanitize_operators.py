@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import torch
 from operator_cases import OPERATORS, Shape, draw, in_float64
 from operator_parity import BF16, FP32, FP64, LIMIT, Case, Finding, check, relative
-from operator_timing import device, machine, synchronize
 from tuning_shapes import using
 
+from mmrec.measuring.machine import device, machine, synchronize
 from mmrec.ops import tuning
 
 

@@ -19,11 +19,13 @@ from pathlib import Path
 
 import torch
 from operator_cases import Timing, moved_bytes
-from operator_timing import device, machine, median_ms, replayed_ms, short_name
-from processes import Failure, guarded, map_in_processes, reason_of
+from processes import map_in_processes
 from tuning_shapes import Forced, Kernels, Key, Options, Prepared, compile_one, is_plan, rows_read, tuned_shapes, using
 
 from mmrec.files import write_atomically
+from mmrec.measuring.clocks import median_ms, replayed_ms
+from mmrec.measuring.failures import Failure, guarded, reason_of
+from mmrec.measuring.machine import device, machine, short_name
 from mmrec.ops import tuning
 
 CANDIDATES = Path(__file__).parent / "tuning_candidates.json"
@@ -249,7 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = tuning.read_table(tuning.architecture(where.index))
     chosen_rows = {name: getattr(options, name) for name in ("only", "rows") if getattr(options, name)}
     command = " ".join(["python benchmarks/tune_operators.py", *(f"--{name} {value}" for name, value in chosen_rows.items())])
+    tuned = {row.key[0] for row in rows}
+    # Kernels whose rows were found on another machine than the table's say so there, until they are tuned again.
+    elsewhere = {names: source for names, source in table.get("elsewhere", {}).items() if not tuned.issuperset(names.split(", "))}
     table = table | {
+        "elsewhere": elsewhere,
         "machine": place["gpu"],
         **{k: place[k] for k in ("torch", "triton", "date")},
         "command": command,

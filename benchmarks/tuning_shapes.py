@@ -10,9 +10,9 @@ from unittest.mock import patch
 import torch
 from operator_cases import OPERATORS, Shape, Timing, channel_slice, draw, in_float64, name_of, run, timings
 from operator_parity import LIMIT, LONG_LOOP, poisoned, relative
-from operator_timing import device
 from torch import Tensor
 
+from mmrec.measuring.machine import device
 from mmrec.ops import tuning
 
 Key = tuple[str, str]  # kernel, shape class

@@ -8,17 +8,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from callbacks.memory_readings import (
-    MIB,
-    CudaMemoryMeter,
-    MemoryMeter,
-    ProcessMemoryMeter,
-    SavedActivations,
-    category_bytes,
-    markdown_table,
-)
+from callbacks.memory_readings import SavedActivations, category_bytes, markdown_table
 from callbacks.memory_snapshot import is_out_of_memory, start_history, stop_history, write_snapshot
 from callbacks.scalars import is_log_step, log_scalars, summary_writers
+from mmrec.measuring.meters import MIB, CudaMemoryMeter, MemoryMeter, ProcessMemoryMeter
 
 REQUEST_FILE = "request"
 

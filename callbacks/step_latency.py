@@ -12,7 +12,8 @@ from torch.utils.hooks import RemovableHandle
 
 from callbacks.device_peaks import dense_bf16_peak
 from callbacks.scalars import is_log_step, log_scalars
-from callbacks.timing import Clock, CudaClock, FetchTimer, HostClock, percentile
+from callbacks.timing import FetchTimer, percentile
+from mmrec.measuring.marks import Clock, CudaClock, HostClock
 
 PHASES = ("data", "forward", "backward", "optimizer", "step")
 PERCENTILES = (50, 95, 99)

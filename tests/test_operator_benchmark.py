@@ -11,13 +11,15 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from mmrec.measuring import clocks
+from mmrec.measuring.failures import Failure
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MODULES = (
     "operators",
     "operator_cases",
     "operator_parity",
     "operator_peers",
-    "operator_timing",
     "processes",
     "tune_operators",
     "tuning_shapes",
@@ -41,7 +43,7 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 @pytest.fixture
 def brief(scripts: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The same, with one repetition a time and a small parity check."""
-    monkeypatch.setattr(scripts.operator_timing, "CPU_REPEATS", 1)
+    monkeypatch.setattr(clocks, "CPU_REPEATS", 1)
     every = scripts.operator_parity.cases
     monkeypatch.setattr(scripts.operator_parity, "cases", lambda names, quick, seed: every(names, True, seed)[::3])
     return scripts
@@ -167,14 +169,13 @@ def test_the_worst_value_counts_where_sums_are_in_float64(scripts: SimpleNamespa
 
 
 def test_errors_and_crashes_of_processes_are_results(scripts: SimpleNamespace) -> None:
-    failure = scripts.processes.Failure
     assert scripts.processes.map_in_processes(int, ["5", "x"], workers=0, seconds=1) == [
         5,
-        failure("ValueError: invalid literal for int() with base 10: 'x'"),
+        Failure("ValueError: invalid literal for int() with base 10: 'x'"),
     ]
     # Each item ends its process; the next one gets another.
     found = scripts.processes.map_in_processes(os._exit, [7, 8], workers=1, seconds=60)
-    assert found == [failure("its process died (exit code 7)"), failure("its process died (exit code 8)")]
+    assert found == [Failure("its process died (exit code 7)"), Failure("its process died (exit code 8)")]
 
 
 def test_forced_options_replace_rows_of_their_kind_and_readings_are_noted(scripts: SimpleNamespace) -> None:

@@ -12,8 +12,9 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import GPUMemoryProfile
-from callbacks.memory_readings import ProcessMemoryMeter, SavedActivations, category_bytes, markdown_table, storages
+from callbacks.memory_readings import SavedActivations, category_bytes, markdown_table, storages
 from callbacks.memory_snapshot import is_out_of_memory
+from mmrec.measuring.meters import ProcessMemoryMeter
 
 
 def fit(tmp_path: Path, stubs: ModuleType, *callbacks: Callback, **options: Any) -> Any:

@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from callbacks import RunCheckpoint, StepLatency
 from callbacks.step_latency import PHASES, StepTimes
-from callbacks.timing import FetchTimer, HostClock, percentile
+from callbacks.timing import FetchTimer, percentile
+from mmrec.measuring.marks import HostClock
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])

@@ -1,57 +1,21 @@
-"""Clocks for the operators' benchmark: medians, the device's own copy and matrix-product rates, and where they were measured."""
+"""Clocks: medians of a call from Python and replayed from a CUDA graph; the device's own copy and matrix-product rates."""
 
-import importlib.metadata
 import itertools
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from datetime import date
 from typing import Any, NamedTuple
 
 import torch
-from processes import Failure, guarded
+
+from mmrec.measuring.failures import Failure, guarded
+from mmrec.measuring.machine import synchronize
 
 SHORT = 20.0  # ms; calls below are replayed from a graph
 LONG = 1.0  # ms; of calls above a graph holds one for each set of inputs, of shorter ones IN_A_ROW at least
 IN_A_ROW = 4
 SLOW = 500.0  # ms; a call above is timed by hand: do_bench would repeat it ten times before its first figure
 CPU_REPEATS = 5
-
-
-def device() -> torch.device:
-    """The current CUDA device, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def device_name(where: torch.device) -> str:
-    """The vendor's name of it."""
-    if where.type == "cuda":
-        return torch.cuda.get_device_name(where)
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":", 1)[1].strip() for line in file if line.startswith("model name")), platform.processor() or "CPU")
-
-
-def short_name(name: str) -> str:
-    """A GPU's name for a file: `h100` for `NVIDIA H100 80GB HBM3`, the whole name in small letters where nothing looks like a model."""
-    model = re.search(r"\b[A-Z]{1,3}\d{2,4}\w*\b", name)
-    return (model.group() if model else re.sub(r"\W+", "_", name).strip("_")).lower()
-
-
-def machine(where: torch.device) -> dict[str, Any]:
-    """What every row carries of the place and the day it was measured on."""
-    try:
-        triton = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:  # it exists on Linux alone
-        triton = None
-    return {"torch": torch.__version__, "triton": triton, "gpu": device_name(where), "date": date.today().isoformat()}
-
-
-def synchronize(where: torch.device) -> None:
-    """Wait for the device."""
-    if where.type == "cuda":
-        torch.cuda.synchronize(where)
 
 
 def once(function: Callable[[], Any], where: torch.device) -> float:
@@ -85,7 +49,10 @@ def median_ms(function: Callable[[], Any], where: torch.device, repeat_ms: int =
 
 
 def replayed_ms(functions: Sequence[Callable[[], Any]], repeat_ms: int = 100, warmup_ms: int = 25) -> float:
-    """Median milliseconds of a call's kernels alone: the functions, one after another in one CUDA graph that `do_bench` replays."""
+    """Median milliseconds of a call's kernels alone: the functions, one after another in one CUDA graph that `do_bench` replays.
+
+    What they return is kept until the capture ends, so that no two calls write the same memory.
+    """
     from triton.testing import do_bench
 
     side = torch.cuda.Stream()
@@ -97,8 +64,8 @@ def replayed_ms(functions: Sequence[Callable[[], Any]], repeat_ms: int = 100, wa
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for function in functions:
-            function()
+        results = [function() for function in functions]
+    del results
     return float(do_bench(graph.replay, warmup=warmup_ms, rep=repeat_ms, return_mode="median")) / len(functions)
 
 
@@ -106,8 +73,9 @@ class Clocked(NamedTuple):
     """Median milliseconds of a call.
 
     Attributes:
-        ms: of its kernels, several calls in a row replayed from one graph, as in a training step; a row's figure.
-        alone_ms: of its kernels, one call replayed between two events: some 3 µs more.
+        ms: of its kernels, a call's share of several in a row (of one for each set of inputs, where long) replayed from one graph, as in a
+            training step; a row's figure.
+        alone_ms: of its kernels, one call replayed between two events: 3 … 7 µs more.
         eager_ms: of the call from Python, the host included.
         replayed: whether the first two come from graphs; they are `eager_ms` otherwise.
     """
@@ -132,7 +100,8 @@ def kernel_ms(functions: Sequence[Callable[[], Any]], where: torch.device, graph
     if isinstance(found, Failure):
         print(f"no graph: {found.reason}", flush=True)
         return Clocked(eager, eager, eager, False)
-    return Clocked(*found, eager, True)
+    ms, alone = found
+    return Clocked(ms, alone, eager, True)
 
 
 def rotating(functions: Sequence[Callable[[], Any]]) -> Callable[[], Any]:

@@ -1,0 +1,123 @@
+"""The frame of a benchmark: seed, room, progress, rows written as they come, verdict on the parity, exit code."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mmrec.commandline.errors import BadInputError
+from mmrec.measuring.machine import machine
+from mmrec.measuring.results import write_rows
+from mmrec.scripts.benchmark_options import Settings
+from mmrec.scripts.device_memory import needed_bytes, require_room, too_large
+from mmrec.scripts.hem_parity import block_pair
+from mmrec.scripts.measurements import Row, Subject, block_subject, draw, parity_row, rows_of, timings_count
+
+_ROOM = 0.8  # of what was asked for: what a smaller size may need once that has run out of memory
+_WIDTH = 160  # columns, where no terminal says
+
+
+class Run:
+    """One benchmark under way.
+
+    Attributes:
+        settings: what is measured.
+        place: what every row carries of the machine and the day.
+        rows: what was measured, written to the output whenever some are added.
+    """
+
+    def __init__(self, settings: Settings, progress: Progress) -> None:
+        self.settings = settings
+        self.place = machine(settings.where)
+        self.rows: list[Row] = []
+        self._progress = progress
+        self._task = progress.add_task("parity", total=None)
+
+    def add(self, rows: list[Row]) -> None:
+        """Keep rows, and write all there are."""
+        self.rows += rows
+        write_rows(self.settings.output, self.rows)
+
+    def time(self, subjects: list[Subject]) -> None:
+        """Time subjects against each other and keep their rows."""
+        self._progress.reset(self._task, total=timings_count(self.settings, subjects))
+        self.add(rows_of(self.settings, self.place, subjects, self._advance))
+
+    def say(self, what: str) -> None:
+        """Show what is being done where there is nothing to count."""
+        self._progress.update(self._task, description=what)
+
+    def blocks(self, hem: tuple[bool, ...]) -> None:
+        """Parity of a block with HEM off and on; then, if asked for, the times of those forms of it that `hem` names."""
+        settings = self.settings
+        pair = block_pair(settings.config, settings.where, settings.dtype)
+        x, cotangent = draw(settings)
+        self.add([parity_row(settings, self.place, pair, x, cotangent)])
+        if "block" in settings.parts:
+            self.time([block_subject(settings, block, x, cotangent) for block in pair if block.use_hem in hem])
+
+    def _advance(self, what: str) -> None:
+        self._progress.update(self._task, advance=1, description=what)
+
+
+def run_benchmark(settings: Settings, measure: Callable[[Run], None], table: Callable[[list[Row]], Table]) -> int:
+    """Measure, write, print.
+
+    Args:
+        settings: what is measured.
+        measure: does it, and adds its rows to the run.
+        table: shows them.
+
+    Returns:
+        The exit code: 1 where one projection and six are not the same function to the limit of the precision.
+
+    Raises:
+        BadInputError: where the device's memory is not enough.
+    """
+    where = settings.where
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    require_room(settings)
+    torch.manual_seed(0)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        run = Run(settings, progress)
+        print(_heading(run), flush=True)
+        try:
+            measure(run)
+        except torch.OutOfMemoryError as error:
+            smaller = int(_ROOM * needed_bytes(settings))
+            raise BadInputError(too_large(settings, f"ran out of the memory of {where}", smaller)) from error
+    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console.print(table(run.rows))
+    code = _verdict(run)
+    print(settings.output)
+    return code
+
+
+def free_memory(where: torch.device) -> None:
+    """Give what is no longer used back to the device, so that the next part is not built into its gaps."""
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _heading(run: Run) -> str:
+    config, settings, place = run.settings.config, run.settings, run.place
+    machine_line = f"{place['gpu']}, torch {place['torch']}, triton {place['triton']}, {place['date']}"
+    widths = f"D {config.model_dim}, H {config.heads}, P {config.pe_width}, F {config.ffn_width}"
+    sizes = f"{widths}, L {config.num_layers}, V {config.vocab_size}; B {settings.batch}, T {settings.seq_len}"
+    uboo = "on" if config.use_uboo else "off"
+    return f"{machine_line}\n{sizes}; {settings.precision}, UBÖO {uboo}; {settings.repeat} rounds"
+
+
+def _verdict(run: Run) -> int:
+    """Print what parity found; the exit code."""
+    found = next(row for row in run.rows if row["what"] == "parity")
+    for name in found["missed"]:
+        print(f"PARITY MISS: {name}: {found['errors'][name]:.2e} > {found['limit']:.0e}, one projection against six")
+    largest = f"largest error {found['largest']:.1e} of {found['limit']:.0e}, {found['of']}"
+    print(f"parity of one projection and six: {len(found['errors'])} tensors, {len(found['missed'])} missed; {largest}")
+    return 1 if found["missed"] else 0

@@ -1,0 +1,196 @@
+"""Both benchmark scripts on the CPU: their rows, their verdict on parity, and what they say of sizes that do not fit."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from mmrec.blocks.hem import FusedProjections
+from mmrec.measuring import clocks
+from mmrec.scripts import benchmark_hem, benchmark_options, device_memory, real_benchmark
+from mmrec.scripts.dram_traffic import METRICS, dram_bytes, read_report
+
+pytestmark = pytest.mark.usefixtures("_quick")
+TINY = ["--device", "cpu", "--repeat", "1", "--batch", "1", "--seq-len", "16", "--model-dim", "32", "--num-heads", "2"]
+TINY += ["--pe-dim", "8", "--ffn-dim", "64", "--vocab-size", "50", "--num-layers", "3"]
+KEYS = [
+    "what", "B", "T", "D", "H", "hem", "uboo", "direction", "ms", "gemm_only_ms", "launches", "tokens_per_s", "peak_mib", "bytes",
+    "reduction_pct", "torch", "triton", "gpu", "date",
+]  # fmt: skip
+Row = dict[str, Any]
+
+
+@pytest.fixture
+def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Each call timed once; results in the test's folder; one thread."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(clocks, "CPU_REPEATS", 1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def rows_of(script: ModuleType, *options: str) -> tuple[int, list[Row]]:
+    code = script.main([*TINY, *options, "--output", "rows.json"])
+    return code, json.loads(Path("rows.json").read_text())
+
+
+def one_line_error(script: ModuleType, capsys: pytest.CaptureFixture[str], *options: str) -> str:
+    with pytest.raises(SystemExit) as end:
+        script.main([*options])
+    assert end.value.code == 2
+    assert not Path("benchmark_results.json").exists()
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("uboo", [False, True])
+def test_hem_is_measured_off_and_on(uboo: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    code, rows = rows_of(benchmark_hem, *(["--uboo"] if uboo else []))
+    printed = capsys.readouterr().out
+    assert code == 0, printed
+    parity, *timed = rows
+    assert parity["what"] == "parity"
+    assert parity["parity"] == "ok"
+    assert 0 < parity["largest"] <= parity["limit"] == 1e-5
+    assert ("L_aux" in parity["errors"]) == uboo
+    assert {"output", "dx", "W_e.weight", "W_p.bias", "ffn.W_down.weight"} <= parity["errors"].keys()
+    assert [(row["what"], row["direction"], row["hem"]) for row in timed] == [
+        ("block", "fwd", False), ("block", "fwd", True), ("block", "fwdbwd", False), ("block", "fwdbwd", True),
+        ("forward_3", "fwd", False), ("forward_3", "fwd", True),
+    ]  # fmt: skip
+    for row in rows:
+        assert list(row)[: len(KEYS)] == KEYS
+        assert (row["B"], row["T"], row["D"], row["H"], row["uboo"]) == (1, 16, 32, 2, uboo)
+    for off, on in zip(timed[::2], timed[1::2], strict=True):
+        layers = 3 if off["what"] == "forward_3" else 1
+        assert (off["launches"], on["launches"]) == (6 * layers, layers)
+        assert off["reduction_pct"] is None
+        assert on["reduction_pct"] == pytest.approx(100 * (1 - on["ms"] / off["ms"]))
+        for row in (off, on):
+            assert row["ms"] > 0
+            assert row["gemm_only_ms"] > 0
+            assert row["peak_mib"] > 0
+            assert row["tokens_per_s"] == pytest.approx(16 / row["ms"] * 1e3)
+            assert row["replayed"] is False
+            assert row["bytes_ncu"] is None
+            assert row["bytes_ncu_reason"]
+    # By hand, fp32, D 32, P 8, 16 tokens: weights, inputs, outputs.
+    assert timed[0]["bytes"] == 4 * ((4 * 32 * 32 + 2 * 32 * 8) + 16 * (5 * 32 + 8) + 16 * (5 * 32 + 8))
+    assert timed[1]["bytes"] == 4 * (32 * (5 * 32 + 8) + 16 * 32 + 16 * (5 * 32 + 8))
+    assert timed[3]["bytes"] == 3 * timed[1]["bytes"]
+    assert "block fwd: projection launches, forward" in printed
+
+
+def test_the_network_is_measured_layer_by_layer() -> None:
+    code, rows = rows_of(real_benchmark)
+    assert code == 0
+    named = [(row["what"], row["direction"]) for row in rows]
+    layers = [("embedding", "fwd"), *[("layer", "fwd")] * 3, ("norm", "fwd"), ("head", "fwd")]
+    assert named == [("parity", "fwdbwd"), ("block", "fwd"), ("block", "fwdbwd"), ("forward_3", "fwd"), *layers]
+    assert all(row["hem"] for row in rows)
+    assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in rows[1:])
+    assert [row["layer"] for row in rows if row["what"] == "layer"] == [0, 1, 2]
+    assert sum(row["share"] for row in rows[4:]) == pytest.approx(1)
+
+
+def test_one_part_alone_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    code, rows = rows_of(real_benchmark, "--only", "forward", "--precision", "bf16")
+    assert code == 0
+    assert {row["what"] for row in rows} == {"parity", "forward_3", "embedding", "layer", "norm", "head"}
+    assert rows[0]["limit"] == 1e-2
+    assert "bf16, UBÖO off" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", [real_benchmark, benchmark_hem])
+def test_a_parity_miss_is_named_and_fails_but_is_timed(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = FusedProjections.forward
+    monkeypatch.setattr(FusedProjections, "forward", lambda self, x: right(self, x)._replace(e=right(self, x).e * 1.01))
+    code, rows = rows_of(script, "--only", "block")
+    assert code == 1
+    assert rows[0]["parity"] == "missed"
+    assert "PARITY MISS: output: " in capsys.readouterr().out
+    assert all(row["ms"] > 0 for row in rows[1:])
+
+
+def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["--device", "cpu", "--size", "370m", "--batch", "16", "--seq-len", "512"]
+    parser = benchmark_options.build_parser("x", "", "x.json")
+    free = int(0.8 * device_memory.needed_bytes(benchmark_options.read_settings(parser, asked)))
+    monkeypatch.setattr(device_memory, "free_bytes", lambda where: free)
+    message = one_line_error(real_benchmark, capsys, *asked)
+    assert message.startswith("error: 20 layers of width 1024 at B 16, T 512 in fp32 need about ")
+    assert f"cpu has {free / 2**30:.2f} GiB free; these would fit: " in message
+    options = message.partition("these would fit: ")[2].split(", ")
+    assert [option.split()[0] for option in options] == ["--batch", "--seq-len", "--num-layers", "--only", "--size"]
+    for option in options:  # each of them alone is enough
+        changed = benchmark_options.read_settings(parser, [*asked, *option.split()])
+        assert device_memory.needed_bytes(changed) <= free, option
+    assert "--size" not in one_line_error(real_benchmark, capsys, *asked, "--ffn-dim", "3000").partition("fit: ")[2]
+    monkeypatch.setattr(device_memory, "free_bytes", lambda where: 1)
+    assert "no smaller batch, length or depth would fit" in one_line_error(real_benchmark, capsys, *asked)
+
+
+def test_memory_that_runs_out_all_the_same_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def runs_out(*arguments: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(real_benchmark, "build_model", runs_out)
+    message = one_line_error(real_benchmark, capsys, *TINY, "--output", "rows.json")
+    assert "3 layers of width 32 at B 1, T 16 in fp32 ran out of the memory of cpu; " in message
+    assert {row["what"] for row in json.loads(Path("rows.json").read_text())} == {"parity", "block"}  # what was measured is kept
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--num-heads", "3"], "num_heads = 3 does not divide model_dim = 32"),
+        (["--batch", "0"], "'0' is no whole number of at least 1"),
+        (["--size", "8b"], "invalid choice: '8b'"),
+        (["--device", "tpu"], "'tpu' is no device of ours"),
+        (["--sequence", "4"], "unrecognized arguments: --sequence 4"),
+        (["--ncu"], "unrecognized arguments: --ncu"),  # of the other script
+    ],
+)
+def test_bad_options_end_with_exit_code_2(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert said in one_line_error(real_benchmark, capsys, *TINY, *options)
+
+
+def test_sizes_are_those_of_the_shipped_configs() -> None:
+    parser = benchmark_options.build_parser("x", "", "x.json")
+    settings = benchmark_options.read_settings(parser, ["--device", "cpu", "--size", "370m"])
+    assert (settings.config.model_dim, settings.config.num_layers, settings.config.ffn_width) == (1024, 20, 2736)
+    assert settings.config.use_uboo is False
+    wider = benchmark_options.read_settings(parser, ["--device", "cpu", "--size", "370m", "--model-dim", "512"])
+    assert wider.config.ffn_width == 1280  # the rule's, not the preset's
+    assert {name: benchmark_options.preset(name).model_dim for name in benchmark_options.PRESETS}["7b"] == 4096
+
+
+def test_what_ncu_prints_is_added_up() -> None:
+    head = '==PROF== Profiling "gemm" - 0: 0%\n"ID","Kernel Name","Metric Name","Metric Unit","Metric Value"\n'
+    lines = [f'"{index}","gemm","{name}","byte","{value}"' for index, (name, value) in enumerate(zip(METRICS * 2, "1234", strict=True))]
+    other = '"9","gemm","gpu__time_duration.sum","ns","77"'
+    assert read_report(head + "\n".join([*lines, other])) == (10, None)
+    refused = "==ERROR== ERR_NVGPUCTRPERM - no permission to read the counters\n"
+    assert read_report(refused) == (None, "ncu: ERR_NVGPUCTRPERM - no permission to read the counters")
+    assert read_report("") == (None, "ncu printed no figures")
+    parser = benchmark_options.build_parser("x", "", "x.json")
+    parser.add_argument("--ncu", action="store_true")
+    assert dram_bytes(benchmark_options.read_settings(parser, ["--device", "cpu", "--ncu"]), hem=True).reason == "no CUDA device"
+
+
+def test_a_script_runs_by_its_path(tmp_path: Path) -> None:
+    script = Path(real_benchmark.__file__)
+    command = [sys.executable, str(script), *TINY, "--only", "block"]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    assert json.loads((tmp_path / "benchmark_results.json").read_text())[0]["parity"] == "ok"
+    assert "benchmark_results.json" in answer.stdout
