@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from rich.console import Console
@@ -14,7 +15,7 @@ from mmrec.measuring.results import write_rows
 from mmrec.scripts.benchmark_options import Settings
 from mmrec.scripts.device_memory import needed_bytes, require_room, too_large
 from mmrec.scripts.hem_parity import block_pair
-from mmrec.scripts.measurements import Row, Subject, block_subject, draw, parity_row, rows_of, timings_count
+from mmrec.scripts.measurements import FUSED_REST, Row, Subject, block_subject, draw, parity_row, rows_of, timings_count, with_eager_rest
 
 _ROOM = 0.8  # of what was asked for: what a smaller size may need once that has run out of memory
 _WIDTH = 160  # columns, where no terminal says
@@ -51,13 +52,19 @@ class Run:
         self._progress.update(self._task, description=what)
 
     def blocks(self, hem: tuple[bool, ...]) -> None:
-        """Parity of a block with HEM off and on; then, if asked for, the times of those forms of it that `hem` names."""
+        """Parity of a block with HEM off and on; then, if asked for, the times of those forms of it that `hem` names.
+
+        With HEM off it is timed twice: with everything around the projections eager, and with it fused as with HEM on.
+        """
         settings = self.settings
         pair = block_pair(settings.config, settings.where, settings.dtype)
         x, cotangent = draw(settings)
         self.add([parity_row(settings, self.place, pair, x, cotangent)])
         if "block" in settings.parts:
-            self.time([block_subject(settings, block, x, cotangent) for block in pair if block.use_hem in hem])
+            subjects = [block_subject(settings, block, x, cotangent) for block in pair if block.use_hem in hem]
+            if not subjects[0].hem:
+                subjects = [with_eager_rest(subjects[0]), replace(subjects[0], what=f"block{FUSED_REST}"), *subjects[1:]]
+            self.time(subjects)
 
     def _advance(self, what: str) -> None:
         self._progress.update(self._task, advance=1, description=what)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from rich.table import Table
 
-from mmrec.scripts.measurements import Row
+from mmrec.scripts.measurements import FUSED_REST, Row
 
 
 def rows_table(rows: Sequence[Row]) -> Table:
@@ -30,13 +30,13 @@ def rows_table(rows: Sequence[Row]) -> Table:
 
 def hem_table(rows: Sequence[Row]) -> Table:
     """The founding document's tables: HEM off, on, and what changes."""
-    found = Table(title="HEM: six projections, one, and the change")
+    found = Table(title="HEM: six projections and an eager rest (or, where named so, a fused one), one projection, and the change")
     found.add_column("metric")
     for title in ("off", "on", "change"):
         found.add_column(title, justify="right")
     on = {(row["what"], row["direction"]): row for row in rows if row["hem"] and row["ms"] is not None}
     for row in rows:
-        other = on.get((row["what"], row["direction"]))
+        other = on.get((row["what"].removesuffix(FUSED_REST), row["direction"]))
         if row["hem"] or other is None:
             continue
         name = f"{row['what']} {row['direction']}"

@@ -21,11 +21,13 @@ from mmrec.scripts.dram_traffic import DramBytes, dram_bytes
 from mmrec.scripts.hem_parity import BlockPair, built_on, parity_errors
 from mmrec.scripts.launches import count_launches
 from mmrec.scripts.matrix_products import Product, products_call, products_of, projection_traffic
+from mmrec.scripts.plain_passes import with_plain_passes
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
 Advance = Callable[[str], None]
 DIRECTIONS = ("fwd", "fwdbwd")
+FUSED_REST = "_six_gemms_fused_rest"  # of a row's name: HEM off, but the passes around it as with HEM on
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,11 @@ def block_subject(settings: Settings, block: MMRecBlock, x: Tensor, cotangent: T
 
     calls = {"fwd": forward, "fwdbwd": both}
     return Subject("block", block, block.use_hem, calls, products_of(block, settings.tokens), [block.projections])
+
+
+def with_eager_rest(subject: Subject) -> Subject:
+    """The same, its element-wise passes in plain PyTorch."""
+    return replace(subject, calls={direction: with_plain_passes(call) for direction, call in subject.calls.items()})
 
 
 def model_subject(settings: Settings, model: MMRecModel, input_ids: Tensor) -> Subject:
@@ -190,11 +197,11 @@ def base_row(settings: Settings, place: Row, what: str, hem: bool, direction: st
 
 
 def with_reductions(rows: list[Row]) -> list[Row]:
-    """The rows, with `reduction_pct` where HEM is on and the same was timed with HEM off: 100 · (1 − on / off) of `ms`."""
+    """The rows, with `reduction_pct` where the same was timed with HEM off and the rest eager: 100 · (1 − ms / off)."""
     off = {(row["what"], row["direction"]): row["ms"] for row in rows if not row["hem"]}
     for row in rows:
-        before = off.get((row["what"], row["direction"]))
-        if row["hem"] and row["ms"] is not None and before is not None:
+        before = off.get((row["what"].removesuffix(FUSED_REST), row["direction"]))
+        if (row["hem"] or row["what"].endswith(FUSED_REST)) and row["ms"] is not None and before is not None:
             row["reduction_pct"] = 100 * (1 - row["ms"] / before)
     return rows
 

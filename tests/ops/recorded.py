@@ -7,26 +7,8 @@ from typing import Any
 import pytest
 import torch
 from cases import LAUNCHERS, Case, Setting
+from support import RecordedOperators
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-
-
-class RecordedOperators(TorchDispatchMode):
-    """Keeps every call of a `mmrec::` operator below it, backward passes included."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "mmrec":
-            self.calls.append((func._opname, args))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def names(self) -> list[str]:
-        """In the order of the calls."""
-        return [name for name, _ in self.calls]
 
 
 def recorded_launches(monkeypatch: pytest.MonkeyPatch, operators: Iterable[str]) -> list[str]:

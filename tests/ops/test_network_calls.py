@@ -3,8 +3,8 @@
 import pytest
 import torch
 from cases import CPU_LOW, GPU, INTERPRETED, Setting, in_settings
-from recorded import RecordedOperators, recorded_launches
-from support import assert_same
+from recorded import recorded_launches
+from support import RecordedOperators, assert_same
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 

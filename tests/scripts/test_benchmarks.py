@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from support import RecordedOperators, assert_same
 
 from mmrec.blocks.hem import FusedProjections
+from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.measuring import clocks
 from mmrec.scripts import benchmark_hem, benchmark_options, device_memory, real_benchmark
 from mmrec.scripts.dram_traffic import METRICS, dram_bytes, read_report
+from mmrec.scripts.plain_passes import with_plain_passes
 
 pytestmark = pytest.mark.usefixtures("_quick")
 TINY = ["--device", "cpu", "--repeat", "1", "--batch", "1", "--seq-len", "16", "--model-dim", "32", "--num-heads", "2"]
@@ -61,10 +64,15 @@ def test_hem_is_measured_off_and_on(uboo: bool, capsys: pytest.CaptureFixture[st
     assert 0 < parity["largest"] <= parity["limit"] == 1e-5
     assert ("L_aux" in parity["errors"]) == uboo
     assert {"output", "dx", "W_e.weight", "W_p.bias", "ffn.W_down.weight"} <= parity["errors"].keys()
+    between = "block_six_gemms_fused_rest"
     assert [(row["what"], row["direction"], row["hem"]) for row in timed] == [
-        ("block", "fwd", False), ("block", "fwd", True), ("block", "fwdbwd", False), ("block", "fwdbwd", True),
+        ("block", "fwd", False), (between, "fwd", False), ("block", "fwd", True),
+        ("block", "fwdbwd", False), (between, "fwdbwd", False), ("block", "fwdbwd", True),
         ("forward_3", "fwd", False), ("forward_3", "fwd", True),
     ]  # fmt: skip
+    for eager, fused in ((timed[0], timed.pop(1)), (timed[2], timed.pop(3))):
+        assert fused["launches"] == eager["launches"] == 6
+        assert fused["reduction_pct"] == pytest.approx(100 * (1 - fused["ms"] / eager["ms"]))
     for row in rows:
         assert list(row)[: len(KEYS)] == KEYS
         assert (row["B"], row["T"], row["D"], row["H"], row["uboo"]) == (1, 16, 32, 2, uboo)
@@ -194,3 +202,19 @@ def test_a_script_runs_by_its_path(tmp_path: Path) -> None:
     assert answer.returncode == 0, answer.stderr
     assert json.loads((tmp_path / "benchmark_results.json").read_text())[0]["parity"] == "ok"
     assert "benchmark_results.json" in answer.stdout
+
+
+@pytest.mark.parametrize("use_dpg", [False, True])
+def test_plain_passes_are_the_same_function(use_dpg: bool) -> None:
+    block = MMRecBlock(model_dim=32, num_heads=2, pe_dim=8, use_dpg=use_dpg, dpg_rank=4)
+    x = torch.randn(2, 9, 32)
+    with RecordedOperators() as fused:
+        expected = block(x)
+    with RecordedOperators() as plain:
+        actual = with_plain_passes(lambda: block(x))()
+    assert_same(actual, expected)
+    assert fused.names == ["decay_log", "gated_scan", "memory_address", "memory_scan", "gated_read_out", "swiglu"]
+    assert plain.names == ["gated_scan", "memory_scan"]
+    with RecordedOperators() as after:
+        block(x)
+    assert after.names == fused.names
