@@ -82,6 +82,13 @@ def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()
 
 
+def check_row_strides(operator: str, rows: int, *tensors: Tensor) -> None:
+    """Refuse tensors (B, T, ...) of which `rows` tokens, a tile, span more than 32 bits can address: a kernel's offsets within a tile."""
+    for tensor in tensors:
+        if tensor.stride(1) * rows >= 2**31:
+            raise ValueError(f"{operator}: {tensor.stride(1)} elements from one token to the next are too many; give a contiguous tensor")
+
+
 def blocks(size: int, block: int) -> int:
     """How many blocks cover `size`. In plain Python: Triton's own functions for it take 7 µs a call outside of kernels."""
     return -(-size // block)

@@ -8,7 +8,9 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from mmrec.ops import launching
-from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
+from mmrec.ops.exp_product_scan import kernels as exp_product_scan_kernels
+from mmrec.ops.gated_scan import kernels as gated_scan_kernels
+from mmrec.ops.launching import Call, blocks, check_row_strides, launch, power_of_two, strides
 from mmrec.ops.tuning import overridden
 
 
@@ -147,3 +149,24 @@ def test_plain_arithmetic() -> None:
     assert [power_of_two(size) for size in (1, 2, 3, 64, 65)] == [1, 2, 4, 64, 128]
     assert strides(None, 2) == (0, 0)
     assert strides(torch.zeros(2, 3), 2) == (3, 1)
+
+
+def far_apart(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, T, D) without memory, 2^27 elements from token to token."""
+    return torch.empty_strided(shape, (2**27 * shape[1], 2**27, 1), dtype=dtype, device="meta")
+
+
+def test_tokens_too_far_apart_are_refused() -> None:
+    z, log_gamma, w_g = far_apart(1, 40, 8), torch.empty(1, 40, 8, device="meta"), torch.empty(8, device="meta")
+    with pytest.raises(ValueError, match="gated_scan: 134217728 elements from one token to the next"):
+        gated_scan_kernels.launch_forward(z, log_gamma, log_gamma, w_g, None, None)
+    with pytest.raises(ValueError, match="gated_scan"):
+        gated_scan_kernels.newton_scan(log_gamma, z, log_gamma, w_g)
+    gradients = (torch.empty_like(log_gamma), torch.empty_like(log_gamma), z, torch.empty_like(w_g), torch.empty(1, 8, device="meta"))
+    with pytest.raises(ValueError, match="gated_scan"):
+        gated_scan_kernels.launch_backward(log_gamma, None, log_gamma, log_gamma, log_gamma, log_gamma, w_g, None, None, *gradients)
+    with pytest.raises(ValueError, match="exp_product_scan"):
+        exp_product_scan_kernels.launch_forward(z, None, torch.float32)
+    with pytest.raises(ValueError, match="exp_product_scan"):
+        exp_product_scan_kernels.launch_backward(log_gamma, None, log_gamma, w_g.view(1, 8), None, torch.float32, z, None)
+    check_row_strides("any", 16, torch.empty_strided((1, 3, 8), (2**30, 2**26, 1), device="meta"))

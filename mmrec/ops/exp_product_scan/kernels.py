@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmrec.ops.launching import Call, blocks, launch, strides
+from mmrec.ops.launching import Call, blocks, check_row_strides, launch, strides
 from mmrec.ops.primitives import LOG2E, last_group, sums_before
 from mmrec.ops.tuning import channel_class, launch_options
 
@@ -230,6 +230,7 @@ def launch_forward(log_gamma: Tensor, y0: Tensor | None, accum_dtype: torch.dtyp
 
     def prepare() -> Call:
         options = launch_options("exp_product_scan.forward", shape_class(batch, channels, accum_dtype), log_gamma.device)
+        check_row_strides("exp_product_scan", options["R"] * options["G"], log_gamma)
         numbers = (time, channels, *log_gamma.stride(), *strides(y0, 2), *y.stride()[:2])
         flags = {"ACCUMULATE": _in_triton(accum_dtype), "HAS_Y0": y0 is not None}
         return Call((batch * blocks(channels, options["BD"]),), numbers, flags | options)
@@ -254,6 +255,7 @@ def launch_backward(
 
     def prepare() -> Call:
         options = launch_options("exp_product_scan.backward", shape_class(batch, channels, accum_dtype), dy.device)
+        check_row_strides("exp_product_scan", options["R"] * options["G"], dy, y, dlog_gamma)
         numbers = (time, channels, *dy.stride(), *strides(dy_last, 2), *y.stride(), *y_last.stride(), *dlog_gamma.stride())
         return Call((batch * blocks(channels, options["BD"]),), numbers, flags | options)
 
@@ -263,6 +265,7 @@ def launch_backward(
 
     def prepare_start() -> Call:
         options = launch_options("exp_product_scan.start_gradient", shape_class(batch, channels, accum_dtype), dy.device)
+        check_row_strides("exp_product_scan", options["R"] * options["G"], dy, log_gamma)
         numbers = (time, channels, *dy.stride(), *strides(dy_last, 2), *log_gamma.stride(), *dy0.stride())
         return Call((batch * blocks(channels, options["BD"]),), numbers, flags | options)
 

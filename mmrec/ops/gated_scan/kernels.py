@@ -8,7 +8,7 @@ from torch import Tensor
 from mmrec.ops.gated_scan.kernels_backward import backward_kernel
 from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
 from mmrec.ops.gated_scan.kernels_newton import newton_kernel
-from mmrec.ops.launching import Call, blocks, launch, strides
+from mmrec.ops.launching import Call, blocks, check_row_strides, launch, strides
 from mmrec.ops.registration import INTERPRETED
 from mmrec.ops.tuning import channel_class, launch_options
 
@@ -24,6 +24,7 @@ def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Ten
 
     def prepare() -> Call:
         options = launch_options("gated_scan.forward", channel_class(batch, channels), z.device)
+        check_row_strides("gated_scan", 1 << options["LEVELS"], z, p, log_gamma)
         numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
         grouped = {"GROUPED": p.shape[-1] < channels}
         return Call((batch * blocks(channels, options["BD"]),), numbers, flags | grouped | options)
@@ -48,6 +49,7 @@ def newton_scan(
     counts = torch.empty((grid[0], 2), dtype=torch.int32, device=z.device)
 
     def prepare() -> Call:
+        check_row_strides("gated_scan", options["R"] * options["G"], z, p, log_gamma)
         numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
         return Call(grid, numbers, flags | options)
 
@@ -97,6 +99,7 @@ def launch_backward(
     dw_g_parts = torch.empty((batch, channels), dtype=torch.float32, device=z.device)
 
     def prepare() -> Call:
+        check_row_strides("gated_scan", options["R"] * options["G"], dh, h, z, p, log_gamma, dz, dp_parts, dlog_gamma)
         inputs = (*dh.stride(), *h.stride(), *z.stride(), *p.stride(), *log_gamma.stride(), w_g.stride(0))
         states = (*strides(dh_last, 2), *strides(h0, 2), *strides(reset, 2))
         outputs = (*dz.stride(), *dp_parts.stride(), *dlog_gamma.stride(), *dh0.stride())
