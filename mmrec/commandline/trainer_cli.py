@@ -182,10 +182,14 @@ class RunCLI(LightningCLI):
         self.folder = RunFolder(Path(config.trainer.default_root_dir))
         # The saved config must not say where it was resumed from: the next start may be another.
         ckpt_path, config.ckpt_path = config.ckpt_path, None
+        if ckpt_path is None and not fitting:
+            ckpt_path = "last"  # null stands in every saved config, which is as good for `test` as for `fit`
         if ckpt_path is not None:
             self._checkpoint = self.folder.find_checkpoint(ckpt_path)
             if self._checkpoint is None and not fitting:
                 raise FileNotFoundError(f"no checkpoint under {self.folder.checkpoints}; give --ckpt_path FILE or run fit first")
+            if not fitting:
+                say(f"reading {self._checkpoint}")
         check_before_building(config, self._checkpoint, fitting)
         if fitting:
             self.folder.require_writable()

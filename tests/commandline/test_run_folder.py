@@ -88,6 +88,17 @@ def test_last_starts_anew_where_there_is_no_checkpoint_and_resumes_where_there_i
     assert {path.name for path in Path("runs/tiny").iterdir()} == {"checkpoints", "tb", "config.yaml"}
 
 
+def test_a_saved_config_evaluates_what_was_trained(finished_run: Path, tiny_config: Path, cli) -> None:
+    """Its `ckpt_path: null` does not mean random weights."""
+    folder = str(finished_run)
+    lines = []
+    for config in (str(finished_run / "config.yaml"), str(tiny_config)):
+        result = cli("test", "--config", config, "--trainer.default_root_dir", folder)
+        assert f"reading {finished_run / 'checkpoints' / 'last.ckpt'}" in result.out + result.err
+        lines.append(next(line for line in result.out.splitlines() if "test/loss" in line))
+    assert lines[0] == lines[1]
+
+
 def test_validate_test_and_predict_take_the_last_checkpoint_and_write_no_logs(finished_run: Path, tiny_config: Path, cli) -> None:
     run = Path("copy")
     shutil.copytree(finished_run, run)
