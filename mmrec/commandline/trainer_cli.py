@@ -148,7 +148,7 @@ class RunCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand != "fit":
-            parser.set_defaults({"ckpt_path": "last"})  # random weights are never what is to be evaluated
+            parser.set_defaults({"ckpt_path": "last"})  # what `_settle` makes of a missing one, for --help
         return parser
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -183,7 +183,7 @@ class RunCLI(LightningCLI):
         # The saved config must not say where it was resumed from: the next start may be another.
         ckpt_path, config.ckpt_path = config.ckpt_path, None
         if ckpt_path is None and not fitting:
-            ckpt_path = "last"  # null stands in every saved config, which is as good for `test` as for `fit`
+            ckpt_path = "last"  # null stands in every saved config, and random weights are never what is to be evaluated
         if ckpt_path is not None:
             self._checkpoint = self.folder.find_checkpoint(ckpt_path)
             if self._checkpoint is None and not fitting:

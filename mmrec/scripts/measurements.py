@@ -66,13 +66,13 @@ def block_subject(settings: Settings, block: MMRecBlock, x: Tensor, cotangent: T
     wanted = [leaf, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
 
     @torch.no_grad()
-    def forward() -> None:
-        block(x, return_auxiliary_loss=uboo)
+    def forward() -> Any:
+        return block(x, return_auxiliary_loss=uboo)
 
-    def both() -> None:
+    def both() -> Any:
         y, planning = block(leaf, return_auxiliary_loss=True)
         outputs, cotangents = ([y, planning.mean()], [cotangent, None]) if uboo else ([y], [cotangent])
-        torch.autograd.grad(outputs, wanted, cotangents)
+        return torch.autograd.grad(outputs, wanted, cotangents)
 
     calls = {"fwd": forward, "fwdbwd": both}
     return Subject("block", block, block.use_hem, calls, products_of(block, settings.tokens), [block.projections])
@@ -88,8 +88,8 @@ def model_subject(settings: Settings, model: MMRecModel, input_ids: Tensor) -> S
     blocks = [block for block in model.blocks if isinstance(block, MMRecBlock)]
 
     @torch.no_grad()
-    def forward() -> None:
-        model(input_ids, return_auxiliary_loss=settings.config.use_uboo)
+    def forward() -> Any:
+        return model(input_ids, return_auxiliary_loss=settings.config.use_uboo)
 
     products = products_of(model, settings.tokens)
     return Subject(settings.forward_name, model, blocks[0].use_hem, {"fwd": forward}, products, [block.projections for block in blocks])
