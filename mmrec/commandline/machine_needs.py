@@ -107,7 +107,7 @@ DISTRIBUTIONS = {"ubuntu": "20.04", "centos": "8", "rhel": "8", "rocky": "8", "a
 DISTRIBUTIONS_IN_WORDS = "Ubuntu 20.04, CentOS or RHEL 8"
 
 # Where our gradients were compared with float64: architecture and Triton's minor version, and the rows that say so.
-VERIFIED = {("sm90", "3.6"): "benchmarks/results/ops_h100.json"}
+VERIFIED = {("sm90", "3.6"): "benchmarks/results/ops_h200.json"}
 # Releases that gave others wrong gradients on Hopper, by a transposed accumulator handed to the next product
 # (flash-linear-attention, issue 640; pull request 983 lifts the ban from 3.7.1 on).
 MISCOMPILED_ON_HOPPER = ("3.4", "3.7.1")
