@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmrec.blocks.mm_rec_block import MMRecBlock
+from mmrec.blocks.residual import RMSNorm
 from mmrec.config import MMRecConfig, config_from_fields, warn_about_lambda_P
 from mmrec.core import memory, uboo
 from mmrec.core.cross_entropy import linear_cross_entropy
@@ -60,7 +61,7 @@ class MMRecModel(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
         nn.init.normal_(self.embedding.weight, std=config.initializer_range)
         self.blocks: nn.ModuleList = nn.ModuleList(MMRecBlock(config) for _ in range(config.num_layers))
-        self.norm = nn.RMSNorm(config.model_dim, eps=config.norm_eps)
+        self.norm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
@@ -184,7 +185,7 @@ class MMRecModel(nn.Module):
         fall towards 0 and 1 where it collapses.
         """
         rows: dict[str, list[Tensor]] = {}
-        x = self.embedding(batch["input_ids"])
+        x = self._embed(batch["input_ids"])
         for block in self.blocks:
             record: dict[str, Tensor] = {}
             # .forward and not the call: a compiled block would be compiled a second time for this.
@@ -235,7 +236,7 @@ class MMRecModel(nn.Module):
         self, input_ids: Tensor, reset: Tensor | None, state: list[BlockState] | None, with_planning: bool
     ) -> tuple[Tensor, list[PlanningLoss], list[BlockState]]:
         """The normed last hidden states, each block's planning error and each block's state."""
-        x = self.embedding(input_ids)
+        x = self._embed(input_ids)
         planning, states = [], []
         recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
@@ -251,6 +252,12 @@ class MMRecModel(nn.Module):
                 planning.append(result[1])
             states.append(result[-1])
         return self.norm(x), planning, states
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        """The start of the residual stream, (B, T, D); under autocast in its dtype: fp32 would move twice the bytes everywhere."""
+        x: Tensor = self.embedding(input_ids)
+        kind = x.device.type
+        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 
     def _by_layer(self, planning: list[PlanningLoss] | None) -> Tensor:
         """(L,) fp32: each block's mean planning error, zeros where there is none."""

@@ -51,6 +51,10 @@ class SeparateProjections(nn.Module):
         p = self.W_p(x)
         return Projections(self.W_q(x), self.W_k(x), self.W_v(x), self.W_z(x), p, self.W_e(p))
 
+    def whole_and_parts(self, x: Tensor) -> tuple[None, Projections]:
+        """No tensor that holds all six, and the six."""
+        return None, self(x)
+
 
 class FusedProjections(nn.Module):
     """One `nn.Linear` `W_fused : D→5D+P`; the six parts of its output are views, in the order q, k, v, z, p, e.
@@ -73,7 +77,12 @@ class FusedProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Projections:
         """(B, T, D) to the six parts, views of one tensor."""
-        return Projections(*self.W_fused(x).split(self.widths, dim=-1))
+        return self.whole_and_parts(x)[1]
+
+    def whole_and_parts(self, x: Tensor) -> tuple[Tensor, Projections]:
+        """`W_fused x`, (B, T, 5D + P), and its parts, which are views of it."""
+        whole = self.W_fused(x)
+        return whole, Projections(*whole.split(self.widths, dim=-1))
 
 
 @torch.no_grad()

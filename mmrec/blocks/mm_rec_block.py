@@ -13,14 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mmrec.blocks.composition import compose
 from mmrec.blocks.hem import FusedProjections, SeparateProjections, fuse, unfuse
+from mmrec.blocks.mixer import mix
+from mmrec.blocks.residual import RMSNorm, add_linear
 from mmrec.blocks.swiglu import SwiGLU
 from mmrec.config import MMRecConfig, config_from_fields
 from mmrec.core import uboo
 from mmrec.core.decay import Float32Parameters, HeadDecay
 from mmrec.core.mdi import MDI
 from mmrec.core.memory import BlockState
-from mmrec.ops import exp_product_scan, gated_read_out, gated_scan, linear_scan, memory_address, memory_scan
 
 _MEMORY_GAIN = 0.1  # the long-term memory earns its weight: at full weight from the first step it did harm
 
@@ -46,7 +48,7 @@ class MMRecBlock(nn.Module):
         config = config if config is not None else config_from_fields("MMRecBlock", {"num_layers": 1, **fields})
         self.config = config
         dim = config.model_dim
-        self.norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.norm = RMSNorm(dim, eps=config.norm_eps)
         kind = FusedProjections if config.use_hem else SeparateProjections
         self.projections: FusedProjections | SeparateProjections = kind(dim, config.pe_width, config.initializer_range)
         self.mdi = MDI(config)
@@ -55,7 +57,7 @@ class MMRecBlock(nn.Module):
         self.g_r = nn.Parameter(torch.full((config.heads, config.head_dim), _MEMORY_GAIN))
         self.g_h = nn.Parameter(torch.ones(config.heads, config.head_dim))
         self.W_o = nn.Linear(dim, dim, bias=False)
-        self.ffn_norm = nn.RMSNorm(dim, eps=config.norm_eps)
+        self.ffn_norm = RMSNorm(dim, eps=config.norm_eps)
         self.ffn = SwiGLU(dim, config.ffn_width)
         # Both branches add to the residual 2L times: their last weights start smaller by √(2L), as in GPT-2.
         nn.init.normal_(self.ffn.W_gate_up.weight, std=config.initializer_range)
@@ -110,20 +112,19 @@ class MMRecBlock(nn.Module):
         Returns:
             The output (B, T, D), or a tuple of it and what was asked for, in this order.
         """
-        h0, M0 = (None, None) if state is None else (state.h, state.M)
-        normed = self.norm(x_BTD)
-        q, k, v, z, p, e = self.projections(normed)
-        h, h_last = self.short_term_memory(z, p, self.mdi(z, k), h0, reset)
+        normed, for_decay, x_BTD = self.norm.branch(x_BTD)
+        log_alpha = self.head_decay(for_decay)
+        wanted = return_auxiliary_loss and self.mdi.use_uboo
+        gated, z, h, h_target, h_last, M_last = self._mixed(normed, log_alpha, state, reset, wanted)
         planning: uboo.PlanningLoss | None = None
         carried: Tensor | None = None
-        if return_auxiliary_loss and self.mdi.use_uboo:
-            h, h_target = uboo.route(h, self.config.orthogonalize)
+        if wanted:
             before = None if state is None else state.planning if state.planning is not None else state.h
             planning = self.planning_error(h, h_target, before, reset, record)
             carried = h_target[:, -1]
-        r, M_last = self.long_term_memory(q, k, v, h, normed, M0, reset)
-        x_BTD = x_BTD + self.read_out(h, r, e)
-        x_BTD = x_BTD + self.ffn(self.ffn_norm(x_BTD))
+        x_BTD = add_linear(x_BTD, gated, self.W_o)
+        normed, _, x_BTD = self.ffn_norm.branch(x_BTD)
+        x_BTD = self.ffn(normed, x_BTD)
         if record is not None:
             record["gate_jacobian"] = (z.detach().float() * self.state_gate.w_g.detach() / 4).abs()
 
@@ -135,35 +136,42 @@ class MMRecBlock(nn.Module):
             outputs.append(BlockState(h_last, M_last, carried))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def short_term_memory(self, z: Tensor, p: Tensor, log_gamma: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
-        """`h` (B, T, D) and its last state (B, D): the core formula, or, without a state gate, the linear recurrence it becomes."""
-        if self.config.state_gate:
-            return gated_scan(z, p, log_gamma, self.state_gate.w_g, h0, reset)
-        wide = log_gamma.dtype
-        gate = torch.sigmoid(p.to(wide)).repeat_interleave(z.shape[-1] // p.shape[-1], dim=-1)
-        h, h_last = linear_scan(-torch.expm1(log_gamma) * z.to(wide) * gate, log_gamma, None, reset)
-        if h0 is not None:
-            carried, carried_last = exp_product_scan(log_gamma, h0, accum_dtype=getattr(torch, self.config.decay_accum_dtype))
-            if reset is not None:
-                ended = reset.cumsum(1).bool().unsqueeze(-1)  # a document's start forgets what was carried in
-                carried, carried_last = carried.masked_fill(ended, 0), carried_last.masked_fill(ended[:, -1], 0)
-            h, h_last = h + carried, h_last + carried_last
-        return h.to(z.dtype), h_last
+    def _mixed(
+        self, normed: Tensor, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, planned: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Gated read-out, z, `h`, `h` as the planning target sees it, and both last states: the operators in one function."""
+        if not self.config.state_gate:
+            return self._composed(normed, log_alpha, state, reset, planned)
+        whole, parts = self.projections.whole_and_parts(normed)
+        decay, context = self.mdi.gates(parts.z.dtype)
+        h0, M0 = (None, None) if state is None else (state.h, state.M)
+        orthogonalize = planned and self.config.orthogonalize
+        gated, h, h_last, M_last = mix(
+            whole,
+            parts,
+            log_alpha,
+            decay,
+            context,
+            self.state_gate.w_g,
+            self.g_r,
+            self.g_h,
+            h0,
+            M0,
+            reset,
+            eps=self.config.norm_eps,
+            orthogonalize=orthogonalize,
+            recompute=False,
+        )
+        return gated, parts.z, h, h, h_last, M_last
 
-    def long_term_memory(
-        self, q: Tensor, k: Tensor, v: Tensor, h: Tensor, normed: Tensor, M0: Tensor | None, reset: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """`r` (B, T, H, V) and the last memory (B, H, K, V); the short-term state helps to address it."""
-        heads = (self.config.heads, self.config.head_dim)
-        query, key = memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
-        return memory_scan(query, key, v.unflatten(-1, heads), self.head_decay(normed), M0, reset)
-
-    def read_out(self, h: Tensor, r: Tensor, e: Tensor) -> Tensor:
-        """`W_o[σ(e) (g_r RMSNorm_head(r) + g_h RMSNorm_head(h))]`, (B, T, D); the norms in fp32 or wider."""
-        heads = r.shape[-2:]
-        gated = gated_read_out(r, h.unflatten(-1, heads), e.unflatten(-1, heads), self.g_r, self.g_h, self.config.norm_eps)
-        out: Tensor = self.W_o(gated.flatten(-2))
-        return out
+    def _composed(
+        self, normed: Tensor, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, planned: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The same, each operator differentiated on its own."""
+        h0, M0 = (None, None) if state is None else (state.h, state.M)
+        parts = self.projections(normed)
+        gated, *states = compose(self, parts, log_alpha, h0, M0, reset, planned and self.config.orthogonalize)
+        return gated, parts.z, *states
 
     def planning_error(
         self, h: Tensor, h_target: Tensor, before: Tensor | None, reset: Tensor | None, record: dict[str, Tensor] | None = None

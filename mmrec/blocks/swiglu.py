@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from mmrec.blocks.residual import add_linear
 from mmrec.ops import swiglu
 
 
@@ -13,7 +14,6 @@ class SwiGLU(nn.Module):
         self.W_gate_up = nn.Linear(model_dim, 2 * ffn_dim, bias=False)
         self.W_down = nn.Linear(ffn_dim, model_dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D)."""
-        out: Tensor = self.W_down(swiglu(self.W_gate_up(x)))
-        return out
+    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
+        """(B, T, D) to (B, T, D), added to the residual `stream`."""
+        return add_linear(stream, swiglu(self.W_gate_up(x)), self.W_down)

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from typing import Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mmrec.ops import head_decay
 
 # Below lies nothing worth carrying; at 0 nothing would be written.
 LOG_GAMMA_MIN = math.log(1e-6)
@@ -71,7 +72,4 @@ class HeadDecay(Float32Parameters):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """(B, T, D) of any float dtype to log α, (B, T, H), in the parameters' dtype (fp32)."""
-        with torch.autocast(x_BTD.device.type, enabled=False):
-            logits_BTH = F.linear(x_BTD.to(self.w_alpha.dtype), self.w_alpha, self.dt_bias)
-            # logsigmoid(−x) = −softplus(x); softplus' own backward promises torch.compile strides that it does not keep (torch 2.13).
-            return self.A_log.exp() * F.logsigmoid(-logits_BTH)
+        return head_decay(x_BTD, self.w_alpha, self.A_log, self.dt_bias)

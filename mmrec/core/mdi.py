@@ -1,6 +1,7 @@
 """MDI: the short-term memory's decay, in both forms, and UBÖO's two planning projections."""
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,19 @@ from mmrec.core.initialization import draw_apart, empty_linear
 from mmrec.ops import decay_log
 
 _CONTEXT_BIAS = 8.0  # σ(8) = 0.99966: the context modulation starts as good as absent
+
+
+class GateWeights(NamedTuple):
+    """Of one decay gate: `logits = W_out act(W_in x + b_in)`, and the bias that is added where the logarithm is taken.
+
+    Attributes:
+        W_in: (G, D). b_in: (G,). W_out: (D, G). out_bias: (D,) fp32.
+    """
+
+    W_in: Tensor
+    b_in: Tensor
+    W_out: Tensor
+    out_bias: Tensor
 
 
 class _GateMLP(nn.Module):
@@ -82,6 +96,17 @@ class MDI(nn.Module):
             nn.init.constant_(self.context_mlp.out_bias.bias, _CONTEXT_BIAS)
             gamma = gamma * (1 + math.exp(-_CONTEXT_BIAS))  # so that the product of both factors has the time constant
         bias.copy_(torch.logit(gamma))
+
+    def gates(self, dtype: torch.dtype) -> tuple[GateWeights, GateWeights | None]:
+        """The weights of `forward` for `blocks.mixer.mix`: the decay's and the context's, DPG's and None; products in `dtype`."""
+
+        def weights(inner: nn.Linear, outer: nn.Linear, bias: DecayBias) -> GateWeights:
+            return GateWeights(inner.weight.to(dtype), inner.bias.to(dtype), outer.weight.to(dtype), bias.bias)
+
+        if self.use_dpg:
+            return weights(self.W_down, self.W_up, self.up_bias), None
+        decay, context = self.decay_mlp, self.context_mlp
+        return weights(decay.W_in, decay.W_out, decay.out_bias), weights(context.W_in, context.W_out, context.out_bias)
 
     def forward(self, z_BTD: Tensor, k_BTD: Tensor) -> Tensor:
         """log γ, (B, T, D), fp32, in [log 1e-6, −1e-6]."""

@@ -9,9 +9,23 @@ from mmrec.ops.decay_log import decay_log
 from mmrec.ops.exp_product_scan import exp_product_scan
 from mmrec.ops.gated_read_out import gated_read_out
 from mmrec.ops.gated_scan import gated_scan
+from mmrec.ops.head_decay import head_decay
 from mmrec.ops.linear_scan import linear_scan
 from mmrec.ops.memory_address import memory_address
 from mmrec.ops.memory_scan import memory_scan
+from mmrec.ops.rms_norm import rms_norm, rms_norm_branch
 from mmrec.ops.swiglu import swiglu
 
-__all__ = ["decay_log", "exp_product_scan", "gated_read_out", "gated_scan", "linear_scan", "memory_address", "memory_scan", "swiglu"]
+__all__ = [
+    "decay_log",
+    "exp_product_scan",
+    "gated_read_out",
+    "gated_scan",
+    "head_decay",
+    "linear_scan",
+    "memory_address",
+    "memory_scan",
+    "rms_norm",
+    "rms_norm_branch",
+    "swiglu",
+]

@@ -35,13 +35,19 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
 def register_backward(operator: Any, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give a functional operator its autograd formula, of first order: with `create_graph=True` it raises RuntimeError."""
 
+    name = operator.name().partition("::")[2].partition(".")[0]
+
     def first_order(ctx: Any, *gradients: Tensor | None) -> Any:
-        if torch.is_grad_enabled():  # the engine's way of saying create_graph; without this the second derivative would lack a part
-            name = operator.name().partition("::")[2].partition(".")[0]
-            raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True, or use {name}_naive")
+        refuse_second_order(name, f"use {name}_naive")
         return backward(ctx, *gradients)
 
     torch.library.register_autograd(operator, first_order, setup_context=setup_context, lib=_LIBRARY)
+
+
+def refuse_second_order(name: str, remedy: str) -> None:
+    """To be called by a backward that cannot be differentiated: without it a second derivative would silently lack a part."""
+    if torch.is_grad_enabled():  # the engine's way of saying create_graph
+        raise RuntimeError(f"{name} has no second derivative: call backward without create_graph=True, or {remedy}")
 
 
 def runs_kernel(reference: Tensor, dtype: torch.dtype) -> bool:

@@ -75,7 +75,13 @@ def block_subject(settings: Settings, block: MMRecBlock, x: Tensor, cotangent: T
         return torch.autograd.grad(outputs, wanted, cotangents)
 
     calls = {"fwd": forward, "fwdbwd": both}
-    return Subject("block", block, block.use_hem, calls, products_of(block, settings.tokens), [block.projections])
+    return Subject("block", block, block.use_hem, calls, products_of(block, settings.tokens), [_projections(block)])
+
+
+def _projections(block: MMRecBlock) -> nn.Module:
+    """What runs the projections: the one `nn.Linear`, or the module of six."""
+    fused = getattr(block.projections, "W_fused", None)
+    return block.projections if fused is None else fused
 
 
 def with_eager_rest(subject: Subject) -> Subject:
@@ -92,7 +98,7 @@ def model_subject(settings: Settings, model: MMRecModel, input_ids: Tensor) -> S
         return model(input_ids, return_auxiliary_loss=settings.config.use_uboo)
 
     products = products_of(model, settings.tokens)
-    return Subject(settings.forward_name, model, blocks[0].use_hem, {"fwd": forward}, products, [block.projections for block in blocks])
+    return Subject(settings.forward_name, model, blocks[0].use_hem, {"fwd": forward}, products, [_projections(block) for block in blocks])
 
 
 def build_model(settings: Settings, use_hem: bool) -> MMRecModel:

@@ -9,12 +9,14 @@ from typing import Any
 from unittest.mock import patch
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from mmrec.blocks import mm_rec_block, swiglu
-from mmrec.core import mdi
+from mmrec.blocks import composition, mm_rec_block, residual, swiglu
+from mmrec.blocks.mm_rec_block import MMRecBlock
+from mmrec.core import decay, mdi
 from mmrec.ops.decay_log import decay_log_naive
 from mmrec.ops.gated_read_out import gated_read_out_naive
+from mmrec.ops.head_decay import head_decay_naive
 from mmrec.ops.memory_address import l2norm
 
 
@@ -28,6 +30,19 @@ def _memory_address(q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return l2norm(q + h).to(q.dtype), l2norm(k + h).to(k.dtype)
 
 
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def _rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    normed = _rms_norm(x, weight, eps)
+    return normed, normed, x
+
+
+def _add_linear(stream: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
+    return stream + linear(x)
+
+
 def _swiglu(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -38,8 +53,14 @@ def plain_passes() -> Iterator[None]:
     """Within it a block runs its passes as PyTorch formulas, one kernel an operation; the recurrences stay what they are."""
     plain: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (mdi, "decay_log", _decay_log),
-        (mm_rec_block, "memory_address", _memory_address),
-        (mm_rec_block, "gated_read_out", gated_read_out_naive),
+        (MMRecBlock, "_mixed", MMRecBlock._composed),
+        (composition, "memory_address", _memory_address),
+        (composition, "gated_read_out", gated_read_out_naive),
+        (decay, "head_decay", head_decay_naive),
+        (residual, "rms_norm", _rms_norm),
+        (residual, "rms_norm_branch", _rms_norm_branch),
+        (mm_rec_block, "add_linear", _add_linear),
+        (swiglu, "add_linear", _add_linear),
         (swiglu, "swiglu", _swiglu),
     )
     with ExitStack() as stack:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.core.memory import BlockState
+from mmrec.ops import memory_address, memory_scan
 
 D, H, P, B, T = 24, 3, 8, 2, 11
 K = D // H
@@ -126,8 +127,9 @@ def test_norms_are_computed_in_fp32_on_bf16_inputs() -> None:
 
 
 def test_the_short_term_state_addresses_the_memory_in_fp32() -> None:
-    one = MMRecBlock(model_dim=D, num_heads=H, pe_dim=P)
-    q, k, v, h, normed = (torch.randn(B, T, D) for _ in range(5))
-    precise = one.long_term_memory(q, k, v, h, normed, None, None)[0]
-    rounded = one.bfloat16().long_term_memory(*(t.bfloat16() for t in (q, k, v, h, normed)), None, None)[0]
+    q, k, v, h = (torch.randn(B, T, H, D // H) for _ in range(4))
+    log_alpha = torch.full((B, T, H), -0.1)
+    precise = memory_scan(*memory_address(q, k, h), v, log_alpha)[0]
+    q, k, v, h = (x.bfloat16() for x in (q, k, v, h))
+    rounded = memory_scan(*memory_address(q, k, h), v, log_alpha)[0]
     assert_same(rounded, precise, torch.bfloat16)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support import assert_same
 
+from mmrec.blocks.composition import long_term_memory, read_out, short_term_memory
 from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.core import uboo
 from mmrec.core.memory import BlockState
@@ -134,12 +135,13 @@ def test_moving_along_the_routed_cotangent_changes_the_main_loss_to_second_order
     x = model.embedding(torch.randint(17, (B, T))).detach()
     normed = top.norm(x)
     q, k, v, z, p, e = top.projections(normed)
-    leaf = top.short_term_memory(z, p, top.mdi(z, k), None, None)[0].detach()
+    log_alpha = top.head_decay(normed)
+    leaf = short_term_memory(top, z, p, top.mdi(z, k), None, None)[0].detach()
 
     def main_loss(h: torch.Tensor) -> torch.Tensor:
-        r, _ = top.long_term_memory(q, k, v, h, normed, None, None)
-        y = x + top.read_out(h, r, e)
-        logits = model.head(model.norm(y + top.ffn(top.ffn_norm(y))))
+        r, _ = long_term_memory(top, q, k, v, h, log_alpha, None, None)
+        y = x + top.W_o(read_out(top, h, r, e))
+        logits = model.head(model.norm(top.ffn(top.ffn_norm(y), y)))
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     h = leaf.clone().requires_grad_()

@@ -12,13 +12,17 @@ from support import TOLERANCE, assert_same
 from test_compilation import SHARED_MEMORY, compiled_for
 from torch import Tensor
 
-from mmrec.ops import decay_log, gated_read_out, memory_address, swiglu
+from mmrec.ops import decay_log, gated_read_out, head_decay, memory_address, rms_norm, rms_norm_branch, swiglu
 from mmrec.ops.decay_log import decay_log_naive
 from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.gated_read_out import gated_read_out_naive
 from mmrec.ops.gated_read_out import kernels as read_out_kernels
+from mmrec.ops.head_decay import head_decay_naive
+from mmrec.ops.head_decay import kernels as head_kernels
 from mmrec.ops.memory_address import kernels as address_kernels
 from mmrec.ops.memory_address import memory_address_naive
+from mmrec.ops.rms_norm import kernels as norm_kernels
+from mmrec.ops.rms_norm import rms_norm_naive
 from mmrec.ops.swiglu import kernels as swiglu_kernels
 from mmrec.ops.swiglu import swiglu_naive
 
@@ -32,7 +36,7 @@ def as_list(results: Any) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Pass:
-    """An operator, its truth, the shapes of its inputs, and the arguments that follow them."""
+    """An operator, its truth, the shapes of its inputs, the arguments that follow them, and what its backward takes before them."""
 
     name: str
     op: Callable[..., Any]
@@ -40,6 +44,7 @@ class Pass:
     shapes: dict[str, str]
     options: tuple[float, ...] = ()
     wide_output: bool = False
+    between: Callable[[list[Tensor]], list[Tensor]] = lambda inputs: []
 
     @property
     def long(self) -> list[int]:
@@ -52,6 +57,11 @@ class Pass:
         shapes = [[sizes[letter] for letter in letters] for letters in self.shapes.values()]
         kinds = [setting.dtype if "T" in letters else setting.wide for letters in self.shapes.values()]
         return [torch.randn(shape, dtype=setting.wide).to(setting.device, kind) for shape, kind in zip(shapes, kinds, strict=True)]
+
+    def backward_arguments(self, inputs: list[Tensor]) -> tuple[Any, ...]:
+        """Of `…_bwd`: random cotangents, what else it needs, and the inputs."""
+        cotangents = [torch.randn_like(output) for output in as_list(self.op(*inputs, *self.options))]
+        return (*cotangents, *self.between(inputs), *inputs, *self.options)
 
     def run(self, function: Callable[..., Any], inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Outputs, and gradients of a random projection of them."""
@@ -81,8 +91,31 @@ DECAY = Pass(
     wide_output=True,
 )
 SWIGLU = Pass("swiglu", swiglu, swiglu_naive, {"gate_up": "BTP"})
-KERNELS = {"swiglu": swiglu_kernels, "memory_address": address_kernels, "gated_read_out": read_out_kernels, "decay_log": decay_kernels}
-passes = pytest.mark.parametrize("one", [ADDRESS, READ_OUT, DECAY, SWIGLU], ids=lambda one: one.name)
+NORM = Pass(
+    "rms_norm",
+    rms_norm,
+    rms_norm_naive,
+    {"x": "BTD", "weight": "D"},
+    (1e-6,),
+    between=lambda inputs: [torch.randn_like(inputs[0]), torch.randn_like(inputs[0])],
+)
+HEADS = Pass(
+    "head_decay",
+    head_decay,
+    head_decay_naive,
+    {"x": "BTD", "w_alpha": "HD", "A_log": "H", "dt_bias": "H"},
+    wide_output=True,
+    between=lambda inputs: [operator("head_decay")(*inputs)[1]],
+)
+KERNELS = {
+    "rms_norm": norm_kernels,
+    "head_decay": head_kernels,
+    "swiglu": swiglu_kernels,
+    "memory_address": address_kernels,
+    "gated_read_out": read_out_kernels,
+    "decay_log": decay_kernels,
+}
+passes = pytest.mark.parametrize("one", [ADDRESS, READ_OUT, DECAY, SWIGLU, NORM, HEADS], ids=lambda one: one.name)
 WIDE = INTERPRETED.resized(B=1, H=1, K=512, D=300, P=300)
 everywhere = in_settings(
     [
@@ -121,9 +154,7 @@ def test_opcheck(one: Pass, setting: Setting, time: int) -> None:
     inputs = one.draw(setting, time)
     torch.library.opcheck(operator(one.name), (*(t.requires_grad_() for t in inputs), *one.options))
     inputs = [tensor.detach() for tensor in inputs]
-    outputs = operator(one.name)(*inputs, *one.options)
-    outputs = as_list(outputs)
-    backward = (*(torch.randn_like(o) for o in outputs), *inputs, *one.options)
+    backward = one.backward_arguments(inputs)
     torch.library.opcheck(operator(f"{one.name}_bwd"), backward)
     gradients = as_list(operator(f"{one.name}_bwd")(*backward))
     torch.library.opcheck(operator(f"{one.name}_bwd_out"), (*backward, *(torch.full_like(g, float("nan")) for g in gradients)))
@@ -135,8 +166,8 @@ def test_views_of_one_buffer_in_and_out(one: Pass, setting: Setting, time: int) 
     """Inputs are slices of a wider tensor, as HEM's parts are; gradients are written into slices, and nothing else is."""
     inputs = one.draw(setting, time)
     outputs, _ = one.run(one.op, inputs)
-    cotangents = [torch.randn_like(o) for o in outputs]
-    expected = as_list(operator(f"{one.name}_bwd")(*cotangents, *inputs, *one.options))
+    backward = one.backward_arguments(inputs)
+    expected = as_list(operator(f"{one.name}_bwd")(*backward))
 
     def sliced(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         width = tensors[0][0, 0].numel()
@@ -155,7 +186,8 @@ def test_views_of_one_buffer_in_and_out(one: Pass, setting: Setting, time: int) 
     written = [torch.full_like(tensor, float("nan")) for tensor in inputs]
     for i, view in zip(long, views, strict=True):
         written[i] = view
-    operator(f"{one.name}_bwd_out")(*cotangents, *strided, *one.options, *written)
+    before = backward[: len(backward) - len(inputs) - len(one.options)]
+    operator(f"{one.name}_bwd_out")(*before, *strided, *one.options, *written)
     for actual, same in zip(written, expected, strict=True):
         assert_same(actual, same)
         actual.fill_(float("nan"))
@@ -167,7 +199,7 @@ def test_views_of_one_buffer_in_and_out(one: Pass, setting: Setting, time: int) 
 def test_zero_vectors_have_finite_gradients(one: Pass, setting: Setting, time: int) -> None:
     outputs, gradients = one.run(one.op, [torch.zeros_like(tensor) for tensor in one.draw(setting, time)])
     assert all(tensor.isfinite().all() for tensor in (*outputs, *gradients))
-    assert one is DECAY or not any(output.any() for output in outputs)
+    assert one in (DECAY, HEADS) or not any(output.any() for output in outputs)
 
 
 @passes
@@ -190,9 +222,9 @@ def test_kernels_compile(one: Pass, width: int, architecture: int, monkeypatch: 
     found: list[Any] = []
     monkeypatch.setattr(kernels, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
     inputs = one.draw(CPU_LOW[1].resized(H=2, K=width, D=2 * width, P=2 * width), 4096)
-    outputs = kernels.launch_forward(*inputs, *one.options)
-    outputs = as_list(outputs)
-    kernels.launch_backward(*outputs, *inputs, *one.options, *(torch.empty_like(tensor) for tensor in inputs))
+    backward = one.backward_arguments(inputs)
+    kernels.launch_forward(*inputs, *one.options)
+    kernels.launch_backward(*backward, *(torch.empty_like(tensor) for tensor in inputs))
     assert len(found) == 2
     for launched in found:
         assert compiled_for(architecture, launched).metadata.shared <= SHARED_MEMORY[architecture]
@@ -217,3 +249,28 @@ def test_a_context_without_its_bias_is_refused() -> None:
 def test_an_odd_width_has_no_halves() -> None:
     with pytest.raises(ValueError, match="7 channels"):
         swiglu(torch.zeros(1, 2, 7))
+
+
+@in_settings([(CPU, 5), (INTERPRETED, 11), (GPU, 700), (GPU_LOW[0].resized(D=4096), 700)])
+def test_the_gradients_of_a_branch_meet_in_one_pass(setting: Setting, time: int) -> None:
+    """Of both readers and of the stream; and of only some of them."""
+    x, weight = NORM.draw(setting, time)
+    cotangents = [torch.randn_like(x) for _ in range(3)]
+
+    def gradients(function: Callable[..., Any], used: list[int], dtype: torch.dtype) -> list[Tensor]:
+        leaves = [x.detach().to(dtype).requires_grad_(), weight.detach().to(torch.promote_types(dtype, weight.dtype)).requires_grad_()]
+        outputs = function(*leaves, 1e-6)
+        return list(torch.autograd.grad([outputs[i] for i in used], leaves, [cotangents[i].to(dtype) for i in used], allow_unused=True))
+
+    def naive(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        normed = rms_norm_naive(x, weight, eps)
+        return normed, normed, x
+
+    for used in ([0, 1, 2], [0, 2], [1], [2]):
+        actual, expected = gradients(rms_norm_branch, used, x.dtype), gradients(naive, used, torch.float64)
+        for ours, truth in zip(actual, expected, strict=True):
+            assert (ours is None) == (truth is None)
+            assert truth is None or ours is None or assert_same(ours, truth, limit=TOLERANCE[setting.dtype]) is None
+    y = rms_norm_branch(x.requires_grad_(), weight, 1e-6)[0]
+    with pytest.raises(RuntimeError, match="rms_norm_branch has no second derivative"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)

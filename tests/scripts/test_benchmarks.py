@@ -1,6 +1,8 @@
 """Both benchmark scripts on the CPU: their rows, their verdict on parity, and what they say of sizes that do not fit."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,11 +14,12 @@ import pytest
 import torch
 from support import RecordedOperators, assert_same
 
-from mmrec.blocks.hem import FusedProjections
+from mmrec.blocks.hem import FusedProjections, Projections
 from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.measuring import clocks
 from mmrec.scripts import benchmark_hem, benchmark_options, device_memory, real_benchmark
 from mmrec.scripts.dram_traffic import METRICS, dram_bytes, read_report
+from mmrec.scripts.launches import count_launches
 from mmrec.scripts.plain_passes import with_plain_passes
 
 pytestmark = pytest.mark.usefixtures("_quick")
@@ -50,7 +53,9 @@ def one_line_error(script: ModuleType, capsys: pytest.CaptureFixture[str], *opti
         script.main([*options])
     assert end.value.code == 2
     assert not Path("benchmark_results.json").exists()
-    return capsys.readouterr().err.splitlines()[-1]
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert line.startswith("error: ")
+    return line
 
 
 @pytest.mark.parametrize("uboo", [False, True])
@@ -108,6 +113,45 @@ def test_the_network_is_measured_layer_by_layer() -> None:
     assert sum(row["share"] for row in rows[4:]) == pytest.approx(1)
 
 
+def test_rows_of_several_sizes_share_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    _, first = rows_of(benchmark_hem, "--only", "block")
+    _, both = rows_of(benchmark_hem, "--only", "block", "--num-heads", "4", "--append")
+    assert both[: len(first)] == first
+    assert [row["H"] for row in both] == [2] * len(first) + [4] * len(first)
+    _, alone = rows_of(benchmark_hem, "--only", "block")
+    assert len(alone) == len(first)
+    Path("rows.json").write_text("{}")
+    with pytest.raises(SystemExit) as end:
+        rows_of(benchmark_hem, "--append")
+    assert end.value.code == 2
+    assert "rows.json holds no list of rows" in capsys.readouterr().err
+
+
+def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    _, rows = rows_of(real_benchmark, "--only", "block")
+    wide = capsys.readouterr().out
+    assert all(len(re.sub("\x1b\\[[0-9;]*m", "", line)) <= 80 for line in wide.splitlines() if "│" in line)
+    for row in rows[1:]:
+        assert f"{row['ms']:.3f}" in wide
+        assert f"{row['fastest_ms']:.3f} … {row['slowest_ms']:.3f}" in wide
+        assert f"{row['tokens_per_s']:,.0f}" in wide
+
+
+def test_the_profilers_own_lines_are_left_out_and_no_others(capfd: pytest.CaptureFixture[str]) -> None:
+    module = torch.nn.Linear(4, 4)
+
+    def call() -> None:
+        module(torch.ones(1, 4))
+        os.write(2, b"USDT: of somebody else\nan error\n")
+
+    assert count_launches(call, [module], torch.device("cpu")).marked == 1
+    said = capfd.readouterr().err
+    assert "profiler_start" not in said
+    assert said.count("USDT: of somebody else\nan error\n") == 2  # warmed up before
+
+
 def test_one_part_alone_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
     code, rows = rows_of(real_benchmark, "--only", "forward", "--precision", "bf16")
     assert code == 0
@@ -120,8 +164,14 @@ def test_one_part_alone_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_parity_miss_is_named_and_fails_but_is_timed(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = FusedProjections.forward
-    monkeypatch.setattr(FusedProjections, "forward", lambda self, x: right(self, x)._replace(e=right(self, x).e * 1.01))
+    right = FusedProjections.whole_and_parts
+
+    def wrong(self: FusedProjections, x: torch.Tensor) -> tuple[torch.Tensor, Projections]:
+        whole, parts = right(self, x)
+        whole = torch.cat([*parts[:5], parts.e * 1.01], dim=-1)
+        return whole, Projections(*whole.split(self.widths, dim=-1))
+
+    monkeypatch.setattr(FusedProjections, "whole_and_parts", wrong)
     code, rows = rows_of(script, "--only", "block")
     assert code == 1
     assert rows[0]["parity"] == "missed"
@@ -161,11 +211,12 @@ def test_memory_that_runs_out_all_the_same_is_one_line(monkeypatch: pytest.Monke
     ("options", "said"),
     [
         (["--num-heads", "3"], "num_heads = 3 does not divide model_dim = 32"),
-        (["--batch", "0"], "'0' is no whole number of at least 1"),
-        (["--size", "8b"], "invalid choice: '8b'"),
-        (["--device", "tpu"], "'tpu' is no device of ours"),
-        (["--sequence", "4"], "unrecognized arguments: --sequence 4"),
-        (["--ncu"], "unrecognized arguments: --ncu"),  # of the other script
+        (["--batch", "0"], "--batch: '0' is no whole number of at least 1"),
+        (["--size", "8b"], "--size: invalid choice: '8b' (choose from "),
+        (["--device", "tpu"], "--device: 'tpu' is no device of ours"),
+        (["--sequence", "4"], "unknown option --sequence; did you mean --seq-len?"),
+        (["--zzzz"], "unknown option --zzzz; --help lists them"),
+        (["--ncu"], "unknown option --ncu"),  # of the other script
     ],
 )
 def test_bad_options_end_with_exit_code_2(options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -213,7 +264,8 @@ def test_plain_passes_are_the_same_function(use_dpg: bool) -> None:
     with RecordedOperators() as plain:
         actual = with_plain_passes(lambda: block(x))()
     assert_same(actual, expected)
-    assert fused.names == ["decay_log", "gated_scan", "memory_address", "memory_scan", "gated_read_out", "swiglu"]
+    passes = {"rms_norm", "head_decay", "decay_log", "memory_address", "gated_read_out", "swiglu"}
+    assert set(fused.names) == {*passes, "gated_scan", "memory_scan"}
     assert plain.names == ["gated_scan", "memory_scan"]
     with RecordedOperators() as after:
         block(x)

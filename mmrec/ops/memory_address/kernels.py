@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmrec.ops.launching import Call, blocks, launch
+from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.tiles import load_tile, store_tile, tile_of, tokens_and_warps
 
 EPS = tl.constexpr(1e-6)
@@ -66,6 +66,7 @@ def backward_kernel(
     dq_ptr,
     dk_ptr,
     dh_ptr,
+    dh_more_ptr,
     T,
     H,
     dq_out_stride_b,
@@ -100,6 +101,10 @@ def backward_kernel(
     dh_stride_t,
     dh_stride_h,
     dh_stride_k,
+    dh_more_stride_b,
+    dh_more_stride_t,
+    dh_more_stride_h,
+    dh_more_stride_k,
     K: tl.constexpr,
     M: tl.constexpr,
     BK: tl.constexpr,
@@ -114,7 +119,12 @@ def backward_kernel(
     dk = load_tile(dk_out_ptr, batch, head, first, dk_out_stride_b, dk_out_stride_t, dk_out_stride_h, dk_out_stride_k, T, K, M, BK)
     dk = through_norm(dk, k)
     store_tile(dk_ptr, dk, batch, head, first, dk_stride_b, dk_stride_t, dk_stride_h, dk_stride_k, T, K, M, BK)
-    store_tile(dh_ptr, dq + dk, batch, head, first, dh_stride_b, dh_stride_t, dh_stride_h, dh_stride_k, T, K, M, BK)
+    dh = dq + dk
+    if dh_more_ptr is not None:
+        dh += load_tile(
+            dh_more_ptr, batch, head, first, dh_more_stride_b, dh_more_stride_t, dh_more_stride_h, dh_more_stride_k, T, K, M, BK
+        )
+    store_tile(dh_ptr, dh, batch, head, first, dh_stride_b, dh_stride_t, dh_stride_h, dh_stride_k, T, K, M, BK)
 
 
 def launch_forward(q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,14 +141,24 @@ def launch_forward(q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return q_out, k_out
 
 
-def launch_backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, h: Tensor, dq: Tensor, dk: Tensor, dh: Tensor) -> None:
-    """Write the three gradients (B, T, H, K), views of any strides and dtypes."""
+def launch_backward(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    h: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dh: Tensor,
+    dh_more: Tensor | None = None,
+) -> None:
+    """Write the three gradients (B, T, H, K), views of any strides and dtypes; `dh_more` is added to `dh`."""
     batch, time, heads, width = q.shape
-    tensors = (dq_out, dk_out, q, k, h, dq, dk, dh)
+    tensors = (dq_out, dk_out, q, k, h, dq, dk, dh, dh_more)
 
     def prepare() -> Call:
         options = tokens_and_warps(time, width)
-        numbers = (time, heads, *(stride for tensor in tensors for stride in tensor.stride()))
+        numbers = (time, heads, *(stride for tensor in tensors for stride in strides(tensor, 4)))
         return Call((batch * blocks(time, options["M"]) * heads,), numbers, {"K": width} | options)
 
     launch(backward_kernel, tensors, prepare)

@@ -24,13 +24,24 @@ def _forward_fake(q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
 
 
-def _backward_out(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, h: Tensor, dq: Tensor, dk: Tensor, dh: Tensor) -> None:
+def _backward_out(
+    dq_out: Tensor,
+    dk_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    h: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dh: Tensor,
+    dh_more: Tensor | None = None,
+) -> None:
     if runs_kernel(q, state_dtype(q, k, h)):
         from mmrec.ops.memory_address.kernels import launch_backward
 
-        launch_backward(dq_out, dk_out, q, k, h, dq, dk, dh)
+        launch_backward(dq_out, dk_out, q, k, h, dq, dk, dh, dh_more)
         return
-    for gradient, value in zip((dq, dk, dh), memory_address_gradients(dq_out, dk_out, q, k, h), strict=True):
+    *gradients, dh_own = memory_address_gradients(dq_out, dk_out, q, k, h)
+    for gradient, value in zip((dq, dk, dh), (*gradients, dh_own if dh_more is None else dh_own + dh_more), strict=True):
         gradient.copy_(value)
 
 
@@ -47,8 +58,11 @@ def _backward(dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, h: Tensor) -
 memory_address_op = register("memory_address(Tensor q, Tensor k, Tensor h) -> (Tensor, Tensor)", _forward, _forward_fake)
 _INPUTS = "Tensor dq_out, Tensor dk_out, Tensor q, Tensor k, Tensor h"
 memory_address_bwd = register(f"memory_address_bwd({_INPUTS}) -> (Tensor, Tensor, Tensor)", _backward, _backward_fake)
+# `dh_more`: the gradient that reaches `h` by other ways; it is added to what is written to `dh`.
 memory_address_bwd_out = register(
-    f"memory_address_bwd_out({_INPUTS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dh) -> ()", _backward_out, lambda *arguments: None
+    f"memory_address_bwd_out({_INPUTS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dh, Tensor? dh_more=None) -> ()",
+    _backward_out,
+    lambda *arguments: None,
 )
 
 

@@ -1,0 +1,168 @@
+"""The recurrent half of a block between its two matrix products, as one autograd function: from the projections to the gated read-out.
+
+Forward it is nothing but its operators in turn. Backward it hands each operator's mutating form (`…_bwd_out`) a slice of one buffer, so
+that the fused projection gets its gradient as one tensor: autograd would concatenate the six parts and add up those of `z`, `k` and `h`,
+which have two readers each.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mmrec.core import uboo
+from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN
+from mmrec.core.mdi import GateWeights
+from mmrec.ops import decay_log, gated_read_out, gated_scan, memory_address, memory_scan
+from mmrec.ops.registration import refuse_second_order
+
+_ops = torch.ops.mmrec
+_PARTS = 6
+
+
+class Mixed(NamedTuple):
+    """What `mix` returns.
+
+    Attributes:
+        gated: (B, T, D), what `W_o` reads.
+        h: (B, T, D), the short-term states, as UBÖO's planning error sees them.
+        h_last: (B, D) fp32. M_last: (B, H, K, V) fp32.
+    """
+
+    gated: Tensor
+    h: Tensor
+    h_last: Tensor
+    M_last: Tensor
+
+
+def mix(
+    fused: Tensor | None,
+    parts: Sequence[Tensor],
+    log_alpha: Tensor,
+    decay: GateWeights,
+    context: GateWeights | None,
+    w_g: Tensor,
+    g_r: Tensor,
+    g_h: Tensor,
+    h0: Tensor | None,
+    M0: Tensor | None,
+    reset: Tensor | None,
+    *,
+    eps: float,
+    orthogonalize: bool,
+    recompute: bool,
+) -> Mixed:
+    """Decay, short-term memory, addresses, long-term memory and gated read-out of one block.
+
+    Args:
+        fused: (B, T, 5D + P), q, k, v, z, p and e side by side; None: they are `parts`.
+        parts: the six where `fused` is None, (B, T, D) each but `p`, (B, T, P).
+        log_alpha: (B, T, H) fp32.
+        decay, context: the gates' weights, in the dtype of the projections. Without a context the decay is DPG's, with a ReLU in it.
+        w_g: (D,). g_r, g_h: (H, K).
+        h0, M0, reset: as the operators'.
+        eps: of the read-out's norms.
+        orthogonalize: what reaches `h` through `Mixed.h` loses its part along what reaches it through `gated` (see `uboo.route`).
+        recompute: keep neither decays nor addresses for the backward, which forms them again: 8 of 34 bytes a channel in bf16.
+    """
+    gates = (*decay, *(context or (None,) * 4))
+    tensors = (fused, *(parts if fused is None else (None,) * _PARTS), log_alpha, *gates, w_g, g_r, g_h, h0, M0, reset)
+    return Mixed(*_Mix.apply(eps, orthogonalize, recompute, *tensors))
+
+
+def _split(fused: Tensor, channels: int) -> tuple[Tensor, ...]:
+    """q, k, v, z, p and e as views."""
+    return fused.split([channels] * 4 + [fused.shape[-1] - 5 * channels, channels], dim=-1)
+
+
+def _gate(x: Tensor, W_in: Tensor, b_in: Tensor, W_out: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
+    """What the backward needs of the hidden layer, (N, G), and the logits (B, T, D); `x` is a slice, which products take as it is."""
+    inner = torch.addmm(b_in, x.flatten(0, 1), W_in.t())
+    if relu:
+        inner = F.relu(inner)
+    logits = torch.mm(inner if relu else F.gelu(inner), W_out.t())
+    return inner, logits.view(x.shape[0], x.shape[1], -1)
+
+
+def _gate_backward(dlogits: Tensor, inner: Tensor, x: Tensor, W_in: Tensor, W_out: Tensor, dx: Tensor, relu: bool) -> tuple[Tensor, ...]:
+    """Gradients to `W_in`, `b_in` and `W_out`; the one to `x` is added to `dx`, in place."""
+    flat = dlogits.flatten(0, 1)
+    hidden = inner if relu else F.gelu(inner)
+    dW_out = torch.mm(flat.t(), hidden)
+    dhidden = torch.mm(flat, W_out)
+    dinner = torch.ops.aten.threshold_backward(dhidden, inner, 0) if relu else torch.ops.aten.gelu_backward(dhidden, inner)
+    dx.flatten(0, 1).addmm_(dinner, W_in)
+    return torch.mm(dinner.t(), x.flatten(0, 1)), dinner.sum(0), dW_out
+
+
+def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    return memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, eps: float, orthogonalize: bool, recompute: bool, fused: Tensor | None, *rest: Any) -> Any:
+        six, (log_alpha, W_in, b_in, W_out, out_bias, cW_in, cb_in, cW_out, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
+        q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
+        heads = (g_r.shape[0], g_r.shape[1])
+        relu = cW_in is None
+        inner, logits = _gate(z, W_in, b_in, W_out, relu)
+        c_inner, c_logits = (None, None) if relu else _gate(k, cW_in, cb_in, cW_out, relu)
+        log_gamma = decay_log(logits, out_bias, c_logits, cout_bias, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX)
+        h, h_last = gated_scan(z, p, log_gamma, w_g, h0, reset)
+        query, key = _addresses(q, k, h, heads)
+        r, M_last = memory_scan(query, key, v.unflatten(-1, heads), log_alpha, M0, reset)
+        gated = gated_read_out(r, h.unflatten(-1, heads), e.unflatten(-1, heads), g_r, g_h, eps).flatten(-2)
+        ctx.eps, ctx.orthogonalize = eps, orthogonalize
+        ctx.set_materialize_grads(False)
+        again = (None, None, None) if recompute else (log_gamma, query, key)
+        ctx.save_for_backward(fused, *rest, inner, logits, c_inner, c_logits, h, r, *again)
+        return gated, h, h_last, M_last
+
+    @staticmethod
+    def backward(ctx: Any, dgated: Tensor | None, dh: Tensor | None, dh_last: Tensor | None, dM_last: Tensor | None) -> Any:
+        refuse_second_order("a block", "build the loss from its operators' naive forms")
+        fused, *rest, inner, logits, c_inner, c_logits, h, r, log_gamma, query, key = ctx.saved_tensors
+        six, (log_alpha, W_in, _, W_out, out_bias, cW_in, _, cW_out, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
+        dfused = None if fused is None else torch.empty_like(fused)
+        q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
+        dq, dk, dv, dz, dp, de = parts = (
+            [torch.empty_like(x) for x in six] if fused is None or dfused is None else _split(dfused, w_g.shape[0])
+        )
+        heads, relu = (g_r.shape[0], g_r.shape[1]), cW_in is None
+        bounds = (LOG_GAMMA_MIN, LOG_GAMMA_MAX)
+        if log_gamma is None:
+            log_gamma = decay_log(logits, out_bias, c_logits, cout_bias, low=bounds[0], high=bounds[1])
+            query, key = _addresses(q, k, h, heads)
+        h_heads = h.unflatten(-1, heads)
+        dgated = torch.zeros_like(h) if dgated is None else dgated
+
+        # The way back, operator by operator; what each writes last is what the one before it reads.
+        dr, dm = torch.empty_like(r), torch.empty_like(h_heads)
+        dg_r, dg_h = torch.empty_like(g_r), torch.empty_like(g_h)
+        e_heads, de_heads = e.unflatten(-1, heads), de.unflatten(-1, heads)
+        _ops.gated_read_out_bwd_out(dgated.unflatten(-1, heads), r, h_heads, e_heads, g_r, g_h, ctx.eps, dr, dm, de_heads, dg_r, dg_h)
+        dquery, dkey, dlog_alpha = torch.empty_like(query), torch.empty_like(key), torch.empty_like(log_alpha)
+        state = h.new_empty((h.shape[0], heads[0], heads[1], heads[1]), dtype=log_gamma.dtype) if M0 is None else torch.empty_like(M0)
+        memory = (query, key, v.unflatten(-1, heads), log_alpha, M0, reset, 1.0)
+        _ops.memory_scan_bwd_out(dr, dM_last, *memory, dquery, dkey, dv.unflatten(-1, heads), dlog_alpha, state)
+        address = (q.unflatten(-1, heads), k.unflatten(-1, heads), h_heads, dq.unflatten(-1, heads), dk.unflatten(-1, heads))
+        dh_out = torch.empty_like(h)
+        _ops.memory_address_bwd_out(dquery, dkey, *address, dh_out.unflatten(-1, heads), dm)
+        if dh is not None:
+            dh_out = dh_out + (uboo.project_out(dh, dh_out) if ctx.orthogonalize else dh)
+        dlog_gamma, dw_g = torch.empty_like(log_gamma), torch.empty_like(w_g)
+        dh0 = h.new_empty(h[:, 0].shape, dtype=log_gamma.dtype) if h0 is None else torch.empty_like(h0)
+        _ops.gated_scan_bwd_out(dh_out, dh_last, h, z, p, log_gamma, w_g, h0, reset, dz, dp, dlog_gamma, dw_g, dh0)
+        dlogits, dout_bias = torch.empty_like(logits), torch.empty_like(out_bias)
+        dc_logits, dcout_bias = (None, None) if relu else (torch.empty_like(c_logits), torch.empty_like(cout_bias))
+        _ops.decay_log_bwd_out(dlog_gamma, logits, out_bias, c_logits, cout_bias, *bounds, dlogits, dout_bias, dc_logits, dcout_bias)
+        decay = (*_gate_backward(dlogits, inner, z, W_in, W_out, dz, relu), dout_bias)
+        context: tuple[Tensor | None, ...] = (None,) * 4
+        if dc_logits is not None:
+            context = (*_gate_backward(dc_logits, c_inner, k, cW_in, cW_out, dk, relu), dcout_bias)
+        projections = (dfused, *(parts if fused is None else (None,) * _PARTS))
+        states = (None if h0 is None else dh0, None if M0 is None else state, None)
+        return None, None, None, *projections, dlog_alpha, *decay, *context, dw_g, dg_r, dg_h, *states

@@ -1,0 +1,36 @@
+"""How a branch leaves the residual stream and comes back to it: the norm at its start, the product that adds to the stream at its end."""
+
+import torch
+from torch import Tensor, nn
+
+from mmrec.ops import rms_norm, rms_norm_branch
+
+
+class RMSNorm(nn.RMSNorm):
+    """`nn.RMSNorm` over the last dimension by our operator: fp32 inside, the output in the input's dtype, also under autocast."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__(width, eps=eps)
+        self.epsilon = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) to the same."""
+        return rms_norm(x, self.weight, self.epsilon)
+
+    def branch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The normed stream for two readers, and the stream, whose gradients meet in one pass (see `rms_norm_branch`)."""
+        return rms_norm_branch(x, self.weight, self.epsilon)
+
+
+def add_linear(stream: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
+    """`stream + linear(x)`, (B, T, D); the sum is formed within the product where the two have one dtype.
+
+    Args:
+        stream: (B, T, D).
+        x: (B, T, K).
+        linear: K → D without bias. One that is not plain (quantised, hooked or wrapped by a library) is called as a module.
+    """
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or not stream.is_cuda:
+        return stream + linear(x)
+    flat = torch.addmm(stream.flatten(0, 1), x.flatten(0, 1), linear.weight.t())
+    return flat.view(stream.shape)
