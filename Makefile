@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 RUN = $(VENV)/bin/python -m
 
-.PHONY: install fit test lint test-gpu bench clean
+.PHONY: install fit test lint test-gpu bench docs clean
 
 install: $(VENV)/installed
 
@@ -20,7 +20,7 @@ fit: install
 # The kernels' own run: Triton decides at import whether it interprets.
 test: lint
 	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS)
-	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) pytest -n $(JOBS) -m interpreted tests/ops
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(RUN) pytest -n $(JOBS) -m interpreted tests/ops tests/decoding
 
 lint: install
 	$(VENV)/bin/ruff check .
@@ -34,6 +34,9 @@ test-gpu: install
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
 	$(VENV)/bin/python benchmarks/operators.py
+
+docs: install
+	$(VENV)/bin/python benchmarks/document.py
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

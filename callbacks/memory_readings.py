@@ -6,16 +6,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmrec.measuring.meters import MIB
 
 
 def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
-    """Bytes of the distinct storages behind `tensors`, by address; of a sharded tensor its local part."""
+    """Bytes of the distinct storages behind `tensors`, by address; of a sharded tensor its local part, of a quantised one its parts."""
     found: dict[int, int] = {}
     for tensor in tensors:
-        if tensor is not None:
-            storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+        if tensor is None:
+            continue
+        if is_traceable_wrapper_subclass(tensor):
+            found |= storages(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            storage = tensor.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     found.pop(0, None)  # nothing allocated
     return found

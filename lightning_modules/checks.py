@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.optimizers import OPTIMIZERS
+
 
 def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
     """Raise ValueError for the first of the module's hyperparameters that cannot be meant."""
@@ -21,6 +23,7 @@ def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
         "eps": (0 < hparams["eps"] < infinity, "a finite number above 0"),
         "lambda_P_final": (lambda_P_final is None or 0 <= lambda_P_final < infinity, "a finite number of at least 0"),
         "lambda_P_anneal_steps": (hparams["lambda_P_anneal_steps"] >= 0, "0 or more steps"),
+        "optimizer": (hparams["optimizer"] in OPTIMIZERS, "one of " + ", ".join(OPTIMIZERS)),
     }
     for name, (is_fine, remedy) in fine.items():
         if not is_fine:

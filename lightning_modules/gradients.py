@@ -13,8 +13,12 @@ from mmrec.model import MMRecModel
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
     """‖·‖₂ of all `tensors` as one vector, 0-dim; summed in fp32 or wider, since a bf16 sum of squares loses percents."""
-    wide = torch.promote_types(torch.float32, max((t.dtype for t in tensors), key=lambda dtype: torch.finfo(dtype).bits))
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(tensor, dtype=wide) for tensor in tensors]))
+    dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)  # in a fixed order: the sum's rounding depends on it
+    wide = torch.promote_types(torch.float32, max(dtypes, key=lambda dtype: torch.finfo(dtype).bits))
+    norms: list[Tensor] = []
+    for dtype in dtypes:  # one call for all of a dtype: a kernel or two a tensor would take as long to launch as a block's forward
+        norms += torch._foreach_norm([tensor for tensor in tensors if tensor.dtype == dtype], 2, wide)
+    return torch.linalg.vector_norm(torch.stack(norms))
 
 
 def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str | None) -> Tensor | None:

@@ -8,13 +8,24 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from callbacks.scalars import is_log_step, log_scalars
 from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_hyperparameters, check_token_range, check_vocabulary
+from lightning_modules.float8 import check_float8, check_float8_batch, convert_to_float8
 from lightning_modules.gradients import auxiliary_gradient_statistics, clip_gradients
+from lightning_modules.optimizers import (
+    OptimizerName,
+    check_precision,
+    check_saved_optimizer,
+    import_torchao,
+    learning_rate_of,
+    make_optimizer,
+    plain_state,
+    set_learning_rate,
+    whole_state,
+)
 from lightning_modules.parameter_groups import parameter_groups
 from lightning_modules.schedules import linear_change, warmup_cosine
 from mmrec.config import MMRecConfig
@@ -74,6 +85,8 @@ class MMRecLightningModule(LightningModule):
         eps: float = 1e-8,
         lambda_P_final: float | None = None,
         lambda_P_anneal_steps: int = 0,
+        optimizer: OptimizerName = "adamw",
+        fp8: bool = False,
         compile_blocks: bool = False,
         check_batches: bool = False,
     ) -> None:
@@ -91,6 +104,9 @@ class MMRecLightningModule(LightningModule):
             eps: AdamW's ε.
             lambda_P_final: where the auxiliary loss's weight ends. None: it stays at network.lambda_P.
             lambda_P_anneal_steps: optimiser steps over which it gets there, linearly.
+            optimizer: adamw, fused on a GPU; adamw_8bit, with moments of 8 bits; adamw_bf16, with moments of bf16 and bf16-true. The last
+                two are torchao's and round bf16 weights stochastically.
+            fp8: the blocks' large products in FP8 (torchao); slow without compile_blocks.
             compile_blocks: `torch.compile` each block in place.
             check_batches: compare every batch's ids with the vocabulary on a GPU too (waits for it at every step); a CPU always does.
         """
@@ -110,6 +126,8 @@ class MMRecLightningModule(LightningModule):
             "eps": eps,
             "lambda_P_final": lambda_P_final,
             "lambda_P_anneal_steps": lambda_P_anneal_steps,
+            "optimizer": optimizer,
+            "fp8": fp8,
             "compile_blocks": compile_blocks,
             "check_batches": check_batches,
         }
@@ -127,7 +145,7 @@ class MMRecLightningModule(LightningModule):
         self._micro_batches: list[LossOutput] = []
         self._batches_checked = 0
         self._means: list[MeanMetric] = []
-        self._blocks_compiled = False
+        self._blocks_compiled = self._in_float8 = False
         self.last_validation: dict[str, float] = {}
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -146,13 +164,18 @@ class MMRecLightningModule(LightningModule):
     # ---- before training
 
     def setup(self, stage: str) -> None:
-        """Refuse what cannot train (precision, vocabulary, no end of the schedule) and compile the blocks where asked."""
+        """Refuse what cannot train (precision, vocabulary, no end of the schedule); go to FP8 and compile the blocks where asked."""
         if self.trainer.precision not in SUPPORTED_PRECISIONS:
             choices = ", ".join(SUPPORTED_PRECISIONS)
             raise ValueError(f"trainer.precision={self.trainer.precision} is not supported; choose one of {choices}")
         check_vocabulary(getattr(getattr(self.trainer, "datamodule", None), "vocab_size", None), self.config.vocab_size)
         if stage == "fit":
             self._schedule_end()
+            self._require_optimizer()
+        if stage == "fit" and self.hparams["fp8"] and not self._in_float8:
+            check_float8(self.network, self.trainer.strategy.root_device, self.trainer.precision)
+            convert_to_float8(self.network)
+            self._in_float8 = True
         if self.hparams["compile_blocks"] and not self._blocks_compiled:
             for block in self.network.blocks:
                 block.compile()
@@ -165,14 +188,20 @@ class MMRecLightningModule(LightningModule):
             raise ValueError("the learning rate's schedule has no end: set trainer.max_steps or model.decay_steps")
         return steps
 
+    def _require_optimizer(self) -> None:
+        # Here and not at the first step; and not where the module is made: a run's config must evaluate without torchao, too.
+        name = self.hparams["optimizer"]
+        check_precision(name, self.trainer.precision)
+        if name != "adamw":
+            import_torchao(f"model.optimizer={name}")
+
     def configure_optimizers(self) -> dict[str, Any]:
         """AdamW over the two parameter groups, with warm-up and cosine counted in optimiser steps."""
         hparams = self.hparams
         groups = parameter_groups(
             self.network, hparams["weight_decay"], self.network.no_weight_decay_parameters(), decay_embeddings=hparams["decay_embeddings"]
         )
-        fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
-        optimizer = AdamW(groups, lr=hparams["learning_rate"], betas=tuple(hparams["betas"]), eps=hparams["eps"], fused=fused or None)
+        optimizer = make_optimizer(hparams["optimizer"], groups, hparams["learning_rate"], tuple(hparams["betas"]), hparams["eps"])
         factor = warmup_cosine(hparams["warmup_steps"], self._schedule_end(), hparams["min_learning_rate_ratio"])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}}
 
@@ -185,7 +214,8 @@ class MMRecLightningModule(LightningModule):
             scheduler.scheduler.base_lrs = [base] * len(optimizer.param_groups)
             for group, factor in zip(optimizer.param_groups, scheduler.scheduler.lr_lambdas, strict=True):
                 decay = hparams["weight_decay"] if group["name"] == "decay" else 0.0
-                group.update(lr=base * factor(count), initial_lr=base, weight_decay=decay)
+                set_learning_rate(group, base * factor(count))
+                group.update(initial_lr=base, weight_decay=decay)
                 group.update(betas=tuple(hparams["betas"]), eps=hparams["eps"])
 
     # ---- a training step
@@ -206,6 +236,8 @@ class MMRecLightningModule(LightningModule):
 
     def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
         check_batch_form(batch)
+        if self._in_float8:
+            check_float8_batch(batch["input_ids"])
         self._batches_checked += 1
         if self.device.type == "cpu" or self.hparams["check_batches"] or self._batches_checked <= FIRST_BATCHES_CHECKED:
             check_token_range(batch, self.config.vocab_size)
@@ -223,7 +255,7 @@ class MMRecLightningModule(LightningModule):
         self.last_step_loss = torch.stack([micro_batch.loss for micro_batch in micro_batches]).mean()
         step = self.trainer.global_step  # still the number of steps before this one
         if is_log_step(self.trainer, step):
-            self._log_step(step, micro_batches, optimizer.param_groups[0]["lr"])
+            self._log_step(step, micro_batches, learning_rate_of(optimizer))
 
     def _log_step(self, step: int, micro_batches: list[LossOutput], learning_rate: float) -> None:
         flat = [torch.cat([torch.stack([m.loss, m.main, m.auxiliary]), m.auxiliary_by_layer]).float() for m in micro_batches]
@@ -323,10 +355,15 @@ class MMRecLightningModule(LightningModule):
         self._update_tokens_seen()
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["network"] = asdict(self.network.config)
         checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["optimizer_states"] = [plain_state(state) for state in checkpoint.get("optimizer_states", [])]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse the parameters of another network in one line; take up the count of tokens."""
+        """Refuse the parameters of another network, or moments of another optimiser, in one line; take up the count of tokens."""
         check_checkpoint_shapes(checkpoint, self, asdict(self.config))
+        if self._trainer is not None and self._trainer.state.fn == "fit":
+            check_saved_optimizer(checkpoint, self.hparams["optimizer"])
+            if self.hparams["optimizer"] == "adamw_8bit":
+                checkpoint["optimizer_states"] = [whole_state(state) for state in checkpoint["optimizer_states"]]
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._unreduced_tokens = 0
 

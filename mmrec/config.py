@@ -36,7 +36,9 @@ class MMRecConfig:
         norm_eps: ε of every RMSNorm.
         initializer_range: standard deviation of the weights at the start.
         loss_chunk_size: tokens whose logits exist at a time in the training loss.
-        activation_checkpointing: recompute each block in the backward instead of keeping its activations.
+        activation_checkpointing: what the backward forms again instead of keeping it: true, each block from its input, the least memory for
+            a third more work; "selective", only what is cheap (decays, addresses, the feed-forward's gated activations): a quarter less
+            memory for some 2 % more time.
     """
 
     vocab_size: int = 32000
@@ -60,7 +62,7 @@ class MMRecConfig:
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     loss_chunk_size: int = 2048
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["selective"] = False
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "model_dim", "num_layers", "num_heads", "ffn_dim", "pe_dim", "dpg_rank", "planning_error_dim")
@@ -80,6 +82,8 @@ class MMRecConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
+        if self.activation_checkpointing not in (True, False, "selective"):
+            raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; choose one of true, false, selective")
         if not 0 <= self.lambda_P < float("inf"):
             raise ValueError(f"lambda_P is {self.lambda_P}; give a finite weight of at least 0")
         for name in ("norm_eps", "initializer_range"):

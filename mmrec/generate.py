@@ -1,7 +1,8 @@
 """Decoding with the constant-size state: read a prompt once, then one token at a time.
 
 What is carried from token to token are the states of the blocks, whose size does not depend on how much was read. A long
-prompt is read in pieces, so that it never stands in memory as a whole; of its logits only the last are computed.
+prompt is read in pieces, so that it never stands in memory as a whole; of its logits only the last are computed. On a GPU a token's
+step is one replay of a CUDA graph (`mmrec.decoding`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mmrec.core.memory import BlockState
+from mmrec.decoding import Decoder
 from mmrec.model import MMRecModel
 
 
@@ -108,15 +110,25 @@ def generate(
     """
     logits, state = read_prompt(model, prompt_ids, chunk_size)
     generator = torch.Generator(device=logits.device).manual_seed(sampling.seed)
-    for count in range(sampling.max_new_tokens):
-        if sampling.temperature == 0.0:
-            token = logits.argmax(-1)
-        else:
-            probabilities = filtered_logits(logits, sampling).softmax(-1)
-            token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
-        value = int(token)
-        if value == stop_id:
-            return
-        yield value
-        if count + 1 < sampling.max_new_tokens:
-            logits, state = model.step(token, state)
+    decoder: Decoder | None = None
+    try:
+        for count in range(sampling.max_new_tokens):
+            if sampling.temperature == 0.0:
+                token = logits.argmax(-1)
+            else:
+                probabilities = filtered_logits(logits, sampling).softmax(-1)
+                token = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+            value = int(token)
+            if value == stop_id:
+                return
+            yield value
+            if count + 1 == sampling.max_new_tokens:
+                return
+            if decoder is None:
+                decoder = Decoder(model)
+                decoder.load(state)
+                state = []  # the decoder has its own
+            logits = decoder.step(token)
+    finally:
+        if decoder is not None:
+            decoder.close()

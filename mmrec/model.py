@@ -238,7 +238,7 @@ class MMRecModel(nn.Module):
         """The normed last hidden states, each block's planning error and each block's state."""
         x = self._embed(input_ids)
         planning, states = [], []
-        recompute = self.config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        recompute = self.config.activation_checkpointing is True and self.training and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             options: dict[str, Any] = {
                 "state": None if state is None else state[index],

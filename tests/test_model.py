@@ -184,26 +184,29 @@ def test_packed_equals_document_by_document() -> None:
 def test_activation_checkpointing_changes_no_gradient() -> None:
     batch = {"input_ids": tokens(), "labels": tokens()}
     grads = []
-    for activation_checkpointing in (False, True):
+    for activation_checkpointing in (False, True, "selective"):
         torch.manual_seed(1)
         model = small(activation_checkpointing=activation_checkpointing, orthogonalize=True)
         model.loss(batch).loss.backward()
         grads.append([p.grad for p in model.parameters()])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+    for again in grads[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(again, grads[0], strict=True))
 
 
 def test_activation_checkpointing_keeps_less_and_computes_again() -> None:
     batch = {"input_ids": tokens(), "labels": tokens()}
     kept = {}
-    for activation_checkpointing in (False, True):
+    for activation_checkpointing in (False, True, "selective"):
         model, sizes = small(activation_checkpointing=activation_checkpointing), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             loss = model.loss(batch).loss
         kept[activation_checkpointing] = sum(sizes)
         with RecordedOperators() as recorded:
             loss.backward()
-        assert recorded.names.count("gated_scan") == (2 if activation_checkpointing else 0)
+        assert recorded.names.count("gated_scan") == (2 if activation_checkpointing is True else 0)
+        assert recorded.names.count("swiglu") == recorded.names.count("memory_address") == (2 if activation_checkpointing else 0)
     assert kept[True] < kept[False] / 3
+    assert kept[False] - kept["selective"] == 2 * tokens().numel() * (3 * 32 + model.config.ffn_width)
 
 
 def test_set_hem_converts_the_whole_network_and_says_so() -> None:

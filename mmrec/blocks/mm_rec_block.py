@@ -58,7 +58,7 @@ class MMRecBlock(nn.Module):
         self.g_h = nn.Parameter(torch.ones(config.heads, config.head_dim))
         self.W_o = nn.Linear(dim, dim, bias=False)
         self.ffn_norm = RMSNorm(dim, eps=config.norm_eps)
-        self.ffn = SwiGLU(dim, config.ffn_width)
+        self.ffn = SwiGLU(dim, config.ffn_width, recompute=config.activation_checkpointing == "selective")
         # Both branches add to the residual 2L times: their last weights start smaller by √(2L), as in GPT-2.
         nn.init.normal_(self.ffn.W_gate_up.weight, std=config.initializer_range)
         for last in (self.W_o, self.ffn.W_down):
@@ -160,7 +160,7 @@ class MMRecBlock(nn.Module):
             reset,
             eps=self.config.norm_eps,
             orthogonalize=orthogonalize,
-            recompute=False,
+            recompute=self.config.activation_checkpointing == "selective",
         )
         return gated, parts.z, h, h, h_last, M_last
 
@@ -177,11 +177,14 @@ class MMRecBlock(nn.Module):
         self, h: Tensor, h_target: Tensor, before: Tensor | None, reset: Tensor | None, record: dict[str, Tensor] | None = None
     ) -> uboo.PlanningLoss:
         """UBÖO's loss of this block; `h_target` is `h` as the gradient of the planning target may reach it."""
-        form = self.config.planning_loss
-        previous = uboo.shift(h_target, before)
-        updated, planned = uboo.planning_pair(self.mdi.W_planning_error, self.mdi.W_planning_target, h, previous, form)
+        weights = (self.mdi.W_planning_error, self.mdi.W_planning_target)
         counted = uboo.counted_tokens(h, before, reset)
-        if record is not None:
-            record["planning_target"] = (updated if form == "normalized" else planned).detach()
+        if self.config.planning_loss == "mse":
+            loss = uboo.literal_loss(*weights, h, h_target, before, counted)
+            target = None if record is None else self.mdi.W_planning_target(uboo.shift(h_target, before))
+        else:
+            loss, target = uboo.normalized_loss(*weights, h, uboo.shift(h_target, before), counted)
+        if record is not None and target is not None:
+            record["planning_target"] = target.detach()
             record["counted"] = counted
-        return uboo.planning_loss(updated, planned, counted)
+        return loss

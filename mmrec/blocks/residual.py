@@ -1,6 +1,7 @@
 """How a branch leaves the residual stream and comes back to it: the norm at its start, the product that adds to the stream at its end."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrec.ops import rms_norm, rms_norm_branch
@@ -23,14 +24,20 @@ class RMSNorm(nn.RMSNorm):
 
 
 def add_linear(stream: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
-    """`stream + linear(x)`, (B, T, D); the sum is formed within the product where the two have one dtype.
+    """`stream + linear(x)`, (B, T, D); the sum formed within the product on a GPU.
 
     Args:
         stream: (B, T, D).
         x: (B, T, K).
         linear: K → D without bias. One that is not plain (quantised, hooked or wrapped by a library) is called as a module.
     """
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks or not stream.is_cuda:
+    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
         return stream + linear(x)
-    flat = torch.addmm(stream.flatten(0, 1), x.flatten(0, 1), linear.weight.t())
-    return flat.view(stream.shape)
+    return add_product(stream, x, linear.weight)
+
+
+def add_product(stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """`stream + x weightᵀ`, (B, T, D), for a weight (D, K); on a GPU within the product, which reads the stream as it writes its output."""
+    if not stream.is_cuda:
+        return stream + F.linear(x, weight)
+    return torch.addmm(stream.flatten(0, 1), x.flatten(0, 1), weight.t()).view(stream.shape)

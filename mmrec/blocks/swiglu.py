@@ -1,19 +1,52 @@
 """The feed-forward half of a block."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from mmrec.blocks.residual import add_linear
+from mmrec.blocks.residual import add_linear, add_product
 from mmrec.ops import swiglu
+from mmrec.ops.registration import refuse_second_order
 
 
 class SwiGLU(nn.Module):
-    """`W_down(SiLU(W_gate x) ⊙ W_up x)` (Shazeer 2020, arXiv:2002.05202), gate and up in one product, no biases."""
+    """`W_down(SiLU(W_gate x) ⊙ W_up x)` (Shazeer 2020, arXiv:2002.05202), gate and up in one product, no biases.
 
-    def __init__(self, model_dim: int, ffn_dim: int) -> None:
+    Args:
+        model_dim: D.
+        ffn_dim: F.
+        recompute: the backward forms the gated activations again, one pass over memory, instead of keeping F numbers a token.
+    """
+
+    def __init__(self, model_dim: int, ffn_dim: int, recompute: bool = False) -> None:
         super().__init__()
+        self.recompute = recompute
         self.W_gate_up = nn.Linear(model_dim, 2 * ffn_dim, bias=False)
         self.W_down = nn.Linear(ffn_dim, model_dim, bias=False)
 
     def forward(self, x: Tensor, stream: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D), added to the residual `stream`."""
-        return add_linear(stream, swiglu(self.W_gate_up(x)), self.W_down)
+        gate_up = self.W_gate_up(x)
+        if self.recompute and type(self.W_down) is nn.Linear:
+            out: Tensor = _GatedDown.apply(stream, gate_up, self.W_down.weight.to(gate_up.dtype))
+            return out
+        return add_linear(stream, swiglu(gate_up), self.W_down)
+
+
+class _GatedDown(torch.autograd.Function):
+    """`stream + W swiglu(gate_up)` that keeps `gate_up` alone."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, gate_up: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up, weight)
+        return add_product(stream, swiglu(gate_up), weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        refuse_second_order("a feed-forward that recomputes", "set activation_checkpointing to false")
+        gate_up, weight = ctx.saved_tensors
+        flat = dy.flatten(0, 1)
+        dweight = torch.mm(flat.t(), swiglu(gate_up).flatten(0, 1))
+        dgated = torch.mm(flat, weight).view(*dy.shape[:2], -1)
+        return dy, torch.ops.mmrec.swiglu_bwd(dgated, gate_up), dweight

@@ -36,12 +36,8 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
-    from rich.console import Console
-    from rich.table import Table
+    from mmrec.commandline.sheets import Sheet, show
 
-    table = Table(caption=_NOTE, caption_justify="left")
-    for title in ("config", "layers × width", "precision"):
-        table.add_column(title, no_wrap=True)
     titles = (
         "parameters",
         "without UBÖO",
@@ -49,14 +45,12 @@ def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
         "gradients",
         "optimiser",
         "activations ≈",
-        "total ≈ GB",
+        "total ≈",
         "tokens a step",
         "tokens of the run",
     )
-    for title in titles:
-        table.add_column(title, justify="right")
-    for row in estimates:
-        table.add_row(
+    rows = [
+        (
             row.name,
             row.shape,
             row.precision,
@@ -66,11 +60,10 @@ def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
             _count(row.tokens_per_step),
             _count(row.tokens) if row.tokens is not None else "no end",
         )
-    table.title = f"Memory in GB a GPU; tokens of {devices} GPU{'s' if devices > 1 else ''}"
-    console = Console()
-    if not console.is_terminal:  # piped: as wide as the table is, not as 80 columns
-        console = Console(width=200)
-    console.print(table)
+        for row in estimates
+    ]
+    title = f"Memory in GB a GPU; tokens of {devices} GPU{'s' if devices > 1 else ''}"
+    show(Sheet(title, ("config",), ("layers × width", "precision", *titles), rows, caption=_NOTE))
 
 
 def _count(number: int) -> str:

@@ -27,7 +27,12 @@ class Command(NamedTuple):
         import_module(self.module).run(arguments)
 
 
-TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+TRAINER_COMMANDS = {  # and what the help says of them
+    "fit": "Train the network that a config describes.",
+    "validate": "Score a run's checkpoint on the validation split.",
+    "test": "The same under tags of its own.",
+    "predict": "Write the loss of each validation sequence to predictions.jsonl.",
+}
 OUR_COMMANDS = {
     "generate": Command("mmrec.commandline.command_generate"),
     "prepare": Command("mmrec.commandline.command_prepare"),

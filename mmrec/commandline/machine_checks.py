@@ -12,6 +12,7 @@ from mmrec.commandline.machine_needs import Bound, Plan
 
 Status = Literal["ok", "below recommended", "failed", "unknown", "not applicable"]
 _GB = 1e9
+_NO_GPU_SEEN = "no GPU is seen: see the check GPU"
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def native_bf16(facts: Facts, plan: Plan) -> Check:
     if not trains_on_gpu(facts, plan):
         return Check(name, "none", "yes", "yes", "not applicable", _without_gpu(plan))
     if not facts.gpus:
-        return Check(name, "none", "yes", "yes", "failed", _missing_gpu(facts, plan))
+        return Check(name, "none", "yes", "yes", "unknown", _NO_GPU_SEEN)
     if all(device.bf16 for device in facts.gpus):
         return Check(name, "yes", "yes", "yes", "ok", "the GPU configs train in BF16")
     return Check(name, "no", "yes", "yes", "failed", f"{needs.CAPABILITY.remedy}: the GPU configs train in BF16")
@@ -170,7 +171,7 @@ def gpu_memory(facts: Facts, plan: Plan) -> Check:
         return Check(name, found, "", "", "not applicable", _without_gpu(plan))
     if plan.memory is None:
         if smallest is None:
-            return Check(name, found, "", "", "failed", _missing_gpu(facts, plan))
+            return Check(name, found, "", "", "unknown", _NO_GPU_SEEN)
         return Check(name, found, "", "", "unknown", "--config NAME says how much a run needs")
     need, better = plan.memory / _GB, needs.ALLOCATOR * plan.memory / _GB
     reason = f"{plan.config}: weights, gradients, optimiser, activations as `configs` estimates them; the allocator adds up to 15 %"
@@ -305,13 +306,14 @@ def _declared(name: str, package: str, version: str | None, bound: Bound, facts:
 
 
 def _on_gpu(name: str, value: str | float | None, bound: Bound, facts: Facts, plan: Plan) -> Check:
-    """As `_graded`, but not applicable without a GPU unless the config wants one, and a failure where the thing is missing."""
+    """As `_graded`, but not applicable without a GPU unless the config wants one; there what is missing fails, or waits for the GPU."""
     found = "none" if value is None else _graded(name, value, bound).found
     if not trains_on_gpu(facts, plan):
         return Check(name, found, *_limits(bound), "not applicable", _without_gpu(plan))
+    if value is None and not facts.gpus:  # one cause, one failure: the GPU's
+        return Check(name, found, *_limits(bound), "unknown", _NO_GPU_SEEN)
     if value is None:
-        note = f"{bound.remedy} ({bound.reason})" if facts.gpus else _missing_gpu(facts, plan)
-        return Check(name, found, *_limits(bound), "failed", note)
+        return Check(name, found, *_limits(bound), "failed", f"{bound.remedy} ({bound.reason})")
     return _graded(name, value, bound)
 
 
@@ -332,4 +334,4 @@ def _missing_gpu(facts: Facts, plan: Plan) -> str:
         return f"PyTorch {facts.torch} was built without CUDA and sees no GPU: {needs.CUDA.remedy}"
     if facts.driver is not None:
         return f"driver {facts.driver} is loaded, but PyTorch sees no GPU: look at CUDA_VISIBLE_DEVICES and at the driver's version"
-    return f"{plan.config} trains on a GPU and there is none here: use a machine with one, or give --trainer.accelerator cpu"
+    return f"{plan.config} trains on a GPU and there is none here: use a machine with one, or a config that fits a CPU, cpu_tiny.yaml"

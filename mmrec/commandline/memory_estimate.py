@@ -9,11 +9,11 @@ import torch
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
-# Bytes that the plain PyTorch form keeps for the backward pass of one block, a token and channel of the model and of the feed-forward.
-# fp32: saved-tensor hooks on a CPU at widths 64 to 256. bf16: what an H100 held after the forward of h100_125m; decays, scans and norms
-# stay in fp32 there.
-_KEPT_FP32 = (168, 16)
-_KEPT_BF16 = (124, 8)
+# Bytes that a block keeps for its backward, a token and channel of the model and of the feed-forward, counted from what its functions
+# save: the stream and its norm twice, six projections, both gates' logits and hidden layers (D/4), decays in fp32, two addresses, h, r, the
+# gated read-out and UBÖO's two products; gate, up and their product.
+_KEPT_FP32 = (82, 12)
+_KEPT_BF16 = (43, 6)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,5 +90,7 @@ def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:
     channel, ffn_channel = _KEPT_BF16 if bf16 else _KEPT_FP32
     block = tokens * (channel * config.model_dim + ffn_channel * config.ffn_width)
     inputs = tokens * config.model_dim * (2 if bf16 else 4)
-    layers = config.num_layers * inputs + block if config.activation_checkpointing else config.num_layers * block
+    if config.activation_checkpointing == "selective":  # three tensors of D numbers, one of them in fp32, and one of F
+        block -= tokens * (8 * config.model_dim + 2 * config.ffn_width) * (1 if bf16 else 2)
+    layers = config.num_layers * inputs + block if config.activation_checkpointing is True else config.num_layers * block
     return layers + 2 * min(tokens, config.loss_chunk_size) * config.vocab_size * 4

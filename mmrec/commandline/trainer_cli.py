@@ -30,7 +30,8 @@ from lightning_modules import MMRecLightningModule
 from mmrec.commandline.arguments import expand_configs
 from mmrec.commandline.checkpoints import read_run_checkpoint
 from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
-from mmrec.commandline.commands import OUR_COMMANDS
+from mmrec.commandline.commands import OUR_COMMANDS, TRAINER_COMMANDS
+from mmrec.commandline.configs import shipped_configs
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.preflight import check_before_building, require_groups
@@ -155,6 +156,8 @@ class RunCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         listed = parser._subcommands_action
         assert listed is not None  # made by the line above
+        for action in listed._choices_actions:  # Lightning's own texts break off where a docstring's line does
+            action.help = TRAINER_COMMANDS[action.dest]
         for name, other in self._other_commands.items():
             listed.add_subcommand(name, other, help=other.description)
 
@@ -180,6 +183,8 @@ class RunCLI(LightningCLI):
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(default_root(self._config_names))
         self.folder = RunFolder(Path(config.trainer.default_root_dir))
+        if fitting and not self._config_names and config.trainer.max_steps < 1 and config.model.decay_steps is None:
+            raise BadInputError(_without_config("fit"))
         # The saved config must not say where it was resumed from: the next start may be another.
         ckpt_path, config.ckpt_path = config.ckpt_path, None
         if ckpt_path is None and not fitting:
@@ -272,6 +277,10 @@ class RunCLI(LightningCLI):
             say(f"last checkpoint: {self.folder.last_checkpoint}")
 
 
+def _without_config(command: str) -> str:
+    return f"{command}: no config; give --config NAME, a file of yours or one of {', '.join(shipped_configs())} (cpu_tiny fits a CPU)"
+
+
 @rank_zero_only
 def say(line: str) -> None:
     """Print one line, once however many processes train."""
@@ -284,6 +293,8 @@ def run_trainer(arguments: Sequence[str]) -> None:
     Args:
         arguments: what follows the program's name, as typed.
     """
+    if len(arguments) == 1 and arguments[0] in TRAINER_COMMANDS:
+        raise BadInputError(_without_config(arguments[0]))
     expanded = expand_configs(arguments)
     listed = {} if arguments[0] in RunCLI.subcommands() else {name: command.build_parser() for name, command in OUR_COMMANDS.items()}
     RunCLI(expanded.arguments, expanded.config_names, listed)

@@ -4,10 +4,12 @@ The founding form is `P_error = W_planning_error(sg[h_t]) − W_planning_target(
 gradient: the updated memory is not pulled towards its own prediction, the previous memory is.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from mmrec.ops import planning_error
 
 
 class PlanningLoss(NamedTuple):
@@ -90,28 +92,39 @@ def rms(x: Tensor, eps: float = 1e-6) -> Tensor:
     return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
 
 
-def planning_pair(
-    W_planning_error: nn.Linear, W_planning_target: nn.Linear, h_BTD: Tensor, previous_BTD: Tensor, form: Literal["mse", "normalized"]
-) -> tuple[Tensor, Tensor]:
-    """The two sides of the planning error, (B, T, E) each, in fp32 or wider: of the updated state (detached), of the previous one."""
-    updated = W_planning_error(h_BTD.detach())
-    planned = W_planning_target(previous_BTD)
-    if form == "normalized":
-        return rms(updated).detach(), rms(planned)
-    dtype = torch.promote_types(planned.dtype, torch.float32)
-    return updated.to(dtype), planned.to(dtype)
-
-
-def planning_loss(updated_BTE: Tensor, planned_BTE: Tensor, counted_BT: Tensor) -> PlanningLoss:
-    """The squared planning error over the tokens that count.
+def literal_loss(
+    W_planning_error: nn.Linear,
+    W_planning_target: nn.Linear,
+    h_BTD: Tensor,
+    h_target_BTD: Tensor,
+    carried_BD: Tensor | None,
+    counted_BT: Tensor,
+) -> PlanningLoss:
+    """The founding form, `Σ (W_planning_error sg[h_t] − W_planning_target h_{t−1})²`.
 
     Args:
-        updated_BTE, planned_BTE: what `planning_pair` returned.
+        h_BTD, h_target_BTD: the states, and the same as the target's gradient may reach them.
+        carried_BD: the state before the first token, or None.
         counted_BT: what `counted_tokens` returned.
     """
-    squared_BT = (updated_BTE - planned_BTE).square().sum(-1)
-    total = torch.where(counted_BT, squared_BT, 0).sum()
-    return PlanningLoss(total, counted_BT.sum() * updated_BTE.shape[-1])
+    updated = W_planning_error(h_BTD.detach())
+    first = None if carried_BD is None else W_planning_target(carried_BD.to(h_target_BTD.dtype))
+    total = planning_error(updated, W_planning_target(h_target_BTD), first, counted_BT)
+    return PlanningLoss(total, counted_BT.sum() * updated.shape[-1])
+
+
+def normalized_loss(
+    W_planning_error: nn.Linear, W_planning_target: nn.Linear, h_BTD: Tensor, previous_BTD: Tensor, counted_BT: Tensor
+) -> tuple[PlanningLoss, Tensor]:
+    """The form without a trivial minimum, `Σ (rms(W_planning_target h_{t−1}) − sg[rms(W_planning_error h_t)])²`, and its target.
+
+    Args:
+        previous_BTD: what `shift` returned.
+        counted_BT: what `counted_tokens` returned.
+    """
+    target = rms(W_planning_error(h_BTD.detach())).detach()
+    squared_BT = (target - rms(W_planning_target(previous_BTD))).square().sum(-1)
+    return PlanningLoss(torch.where(counted_BT, squared_BT, 0).sum(), counted_BT.sum() * target.shape[-1]), target
 
 
 def target_statistics(target_BTE: Tensor, counted_BT: Tensor, max_tokens: int = 1024) -> tuple[Tensor, Tensor]:

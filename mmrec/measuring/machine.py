@@ -29,12 +29,13 @@ def short_name(name: str) -> str:
 
 
 def machine(where: torch.device) -> dict[str, Any]:
-    """What every row carries of the place and the day it was measured on."""
+    """What every row carries of the place and the day it was measured on; `gpu` is `cpu: MODEL` where there was none."""
     try:
         triton = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # it exists on Linux alone
         triton = None
-    return {"torch": torch.__version__, "triton": triton, "gpu": device_name(where), "date": date.today().isoformat()}
+    name = device_name(where) if where.type == "cuda" else f"cpu: {device_name(where)}"
+    return {"torch": torch.__version__, "triton": triton, "gpu": name, "date": date.today().isoformat()}
 
 
 def synchronize(where: torch.device) -> None:

@@ -13,6 +13,22 @@ def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     write_atomically(path, (json.dumps([_finite(row) for row in rows], indent=1, allow_nan=False) + "\n").encode())
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON file that `write_rows` wrote.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, or no list of mappings.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no JSON ({error}); write it anew with the script that measures it") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} holds no list of rows; write it anew with the script that measures it")
+    return rows
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _finite(item) for name, item in value.items()}

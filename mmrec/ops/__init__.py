@@ -13,6 +13,7 @@ from mmrec.ops.head_decay import head_decay
 from mmrec.ops.linear_scan import linear_scan
 from mmrec.ops.memory_address import memory_address
 from mmrec.ops.memory_scan import memory_scan
+from mmrec.ops.planning_error import planning_error
 from mmrec.ops.rms_norm import rms_norm, rms_norm_branch
 from mmrec.ops.swiglu import swiglu
 
@@ -25,6 +26,7 @@ __all__ = [
     "linear_scan",
     "memory_address",
     "memory_scan",
+    "planning_error",
     "rms_norm",
     "rms_norm_branch",
     "swiglu",

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from mmrec.commandline.configs import config_layers, merge
+from mmrec.commandline.plain_parser import PlainParser
 from mmrec.config import MMRecConfig
 from mmrec.measuring.machine import device
 
@@ -31,6 +32,7 @@ class Settings:
         repeat: rounds; a figure is the median of them, each itself a median of many calls.
         parts: of PARTS, what is timed.
         output: the JSON file to write.
+        append: whether the rows that it holds stay.
         ncu: whether to read memory traffic with NVIDIA's profiler.
     """
 
@@ -42,6 +44,7 @@ class Settings:
     repeat: int
     parts: tuple[str, ...]
     output: Path
+    append: bool = False
     ncu: bool = False
 
     @property
@@ -68,7 +71,7 @@ def preset(size: str, use_uboo: bool = False) -> MMRecConfig:
 
 def build_parser(program: str, description: str, output: str) -> argparse.ArgumentParser:
     """The options of both scripts; `output` is the default file."""
-    parser = argparse.ArgumentParser(prog=f"python -m mmrec.scripts.{program}", description=description, allow_abbrev=False)
+    parser = PlainParser(prog=f"python -m mmrec.scripts.{program}", description=description)
     parser.add_argument("--size", choices=PRESETS, help="a shipped config's network; 7b on a GPU, tiny on a CPU")
     parser.add_argument("--model-dim", type=_positive, help="D; heads and feed-forward then follow from it unless they are given too")
     parser.add_argument("--num-layers", type=_positive, help="L")
@@ -84,6 +87,7 @@ def build_parser(program: str, description: str, output: str) -> argparse.Argume
     parser.add_argument("--repeat", type=_positive, default=3, help="rounds; a figure is their median")
     parser.add_argument("--only", choices=PARTS, help="time one part alone: forward is that of the whole network")
     parser.add_argument("--output", type=Path, default=Path(output), help="the JSON file to write (default: %(default)s)")
+    parser.add_argument("--append", action="store_true", help="keep the rows that the file holds already: several sizes in one file")
     return parser
 
 
@@ -110,6 +114,7 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         repeat=options.repeat,
         parts=(options.only,) if options.only else PARTS,
         output=options.output,
+        append=options.append,
         ncu=getattr(options, "ncu", False),
     )
 

@@ -1,24 +1,22 @@
 """The frame of a benchmark: seed, room, progress, rows written as they come, verdict on the parity, exit code."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from mmrec.commandline.errors import BadInputError
+from mmrec.commandline.sheets import Sheet, show
 from mmrec.measuring.machine import machine
-from mmrec.measuring.results import write_rows
+from mmrec.measuring.results import read_rows, write_rows
 from mmrec.scripts.benchmark_options import Settings
 from mmrec.scripts.device_memory import needed_bytes, require_room, too_large
 from mmrec.scripts.hem_parity import block_pair
 from mmrec.scripts.measurements import FUSED_REST, Row, Subject, block_subject, draw, parity_row, rows_of, timings_count, with_eager_rest
 
 _ROOM = 0.8  # of what was asked for: what a smaller size may need once that has run out of memory
-_WIDTH = 160  # columns, where no terminal says
 
 
 class Run:
@@ -34,13 +32,14 @@ class Run:
         self.settings = settings
         self.place = machine(settings.where)
         self.rows: list[Row] = []
+        self._earlier = read_rows(settings.output) if settings.append and settings.output.exists() else []
         self._progress = progress
         self._task = progress.add_task("parity", total=None)
 
     def add(self, rows: list[Row]) -> None:
-        """Keep rows, and write all there are."""
+        """Keep rows, and write all there are, behind those of earlier runs where they are to stay."""
         self.rows += rows
-        write_rows(self.settings.output, self.rows)
+        write_rows(self.settings.output, [*self._earlier, *self.rows])
 
     def time(self, subjects: list[Subject]) -> None:
         """Time subjects against each other and keep their rows."""
@@ -70,7 +69,7 @@ class Run:
         self._progress.update(self._task, advance=1, description=what)
 
 
-def run_benchmark(settings: Settings, measure: Callable[[Run], None], table: Callable[[list[Row]], Table]) -> int:
+def run_benchmark(settings: Settings, measure: Callable[[Run], None], table: Callable[[list[Row]], Sheet]) -> int:
     """Measure, write, print.
 
     Args:
@@ -82,7 +81,7 @@ def run_benchmark(settings: Settings, measure: Callable[[Run], None], table: Cal
         The exit code: 1 where one projection and six are not the same function to the limit of the precision.
 
     Raises:
-        BadInputError: where the device's memory is not enough.
+        BadInputError: where the device's memory is not enough, or rows are to be added to a file that holds none.
     """
     where = settings.where
     if where.type == "cuda":
@@ -98,8 +97,7 @@ def run_benchmark(settings: Settings, measure: Callable[[Run], None], table: Cal
         except torch.OutOfMemoryError as error:
             smaller = int(_ROOM * needed_bytes(settings))
             raise BadInputError(too_large(settings, f"ran out of the memory of {where}", smaller)) from error
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
-    console.print(table(run.rows))
+    show(table(run.rows))
     code = _verdict(run)
     print(settings.output)
     return code

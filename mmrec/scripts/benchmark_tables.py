@@ -2,39 +2,35 @@
 
 from collections.abc import Callable, Sequence
 
-from rich.table import Table
-
+from mmrec.commandline.sheets import Sheet
 from mmrec.scripts.measurements import FUSED_REST, Row
 
 
-def rows_table(rows: Sequence[Row]) -> Table:
+def rows_table(rows: Sequence[Row]) -> Sheet:
     """One line a row."""
-    found = Table(title="Medians; products: the same matrix products alone, back to back; MB: of the projections, by arithmetic")
-    for title in ("what", "direction", "HEM"):
-        found.add_column(title)
-    for title in ("ms", "products, ms", "× products", "tokens/s", "peak MiB", "launches", "MB", "timed"):
-        found.add_column(title, justify="right")
+    lines = []
     for row in rows:
         if row["ms"] is None:
             continue
         layer = row.get("layer")
-        found.add_row(
+        cells = (
             row["what"] if layer is None else f"{row['what']} {layer}", row["direction"], "on" if row["hem"] else "off",
-            _number(row["ms"], ".3f"), _number(row["gemm_only_ms"], ".3f"), _number(row.get("of_gemm_only"), ".2f"),
+            _number(row["ms"], ".3f"), _spread(row), _number(row["gemm_only_ms"], ".3f"), _number(row.get("of_gemm_only"), ".2f"),
             _number(row["tokens_per_s"], ",.0f"), _number(row["peak_mib"], ",.0f"), _number(row["launches"], "d"),
             _number(row["bytes"] and row["bytes"] / 1e6, ",.2f"),
             {True: "replayed", False: "called", None: "in the forward"}[row.get("replayed")],
         )  # fmt: skip
-    return found
+        lines.append(cells)
+    titles = ("ms", "fastest … slowest", "products, ms", "× products", "tokens/s", "peak MiB", "launches", "MB", "timed")
+    title = "Medians of rounds; products: the same matrix products alone, back to back; MB: of the projections, by arithmetic"
+    return Sheet(title, ("what", "direction", "HEM"), titles, lines)
 
 
-def hem_table(rows: Sequence[Row]) -> Table:
+def hem_table(rows: Sequence[Row]) -> Sheet:
     """The founding document's tables: HEM off, on, and what changes."""
-    found = Table(title="HEM: six projections and an eager rest (or, where named so, a fused one), one projection, and the change")
-    found.add_column("metric")
-    for title in ("off", "on", "change"):
-        found.add_column(title, justify="right")
     on = {(row["what"], row["direction"]): row for row in rows if row["hem"] and row["ms"] is not None}
+    lines: list[tuple[str, ...]] = []
+    ends: list[int] = []
     for row in rows:
         other = on.get((row["what"].removesuffix(FUSED_REST), row["direction"]))
         if row["hem"] or other is None:
@@ -55,9 +51,18 @@ def hem_table(rows: Sequence[Row]) -> Table:
             if before is None and after is None:
                 continue
             change = "–" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
-            found.add_row(f"{name}: {metric}", _number(before, form), _number(after, form), change)
-        found.add_section()
-    return found
+            lines.append((f"{name}: {metric}", _number(before, form), _number(after, form), change))
+            if metric == "ms":
+                lines.append((f"{name}: fastest … slowest round, ms", _spread(row), _spread(other), ""))
+        ends.append(len(lines) - 1)
+    title = "HEM: six projections and an eager rest (or, where named so, a fused one), one projection, and the change"
+    return Sheet(title, ("metric",), ("off", "on", "change"), lines, ends)
+
+
+def _spread(row: Row) -> str:
+    """The medians of the fastest and the slowest round."""
+    fastest, slowest = row.get("fastest_ms"), row.get("slowest_ms")
+    return "–" if fastest is None or slowest is None else f"{fastest:.3f} … {slowest:.3f}"
 
 
 def _number(value: float | None, form: str) -> str:

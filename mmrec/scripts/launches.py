@@ -1,5 +1,10 @@
 """How many kernels a call launches, as the profiler saw them: all of it, and what runs under some of its modules."""
 
+import os
+import re
+import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +17,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 _MARK = "mmrec.measured"
 _CPU_PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")
 _NO_KERNELS = ("Memcpy", "Memset")
+# What the profiler's C++ writes of its own trace points, at a level above that of errors: no log level hides it alone.
+_TRACE_POINT = re.compile(rb"USDT:[^\n]*profiler_(?:start|stop)\n")
 
 
 class Launches(NamedTuple):
@@ -49,6 +56,26 @@ def _marking(modules: Sequence[nn.Module]) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _without_trace_points() -> Iterator[None]:
+    """Leave the profiler's two lines on its trace points, and its remark on cycles, out of the standard error; all else comes through."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as caught, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*Profiler clears events at the end of each cycle")
+            os.dup2(caught.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(kept, 2)
+                caught.seek(0)
+                os.write(2, _TRACE_POINT.sub(b"", caught.read()))
+    finally:
+        os.close(kept)
+
+
 def count_launches(call: Callable[[], Any], modules: Sequence[nn.Module], where: torch.device) -> Launches:
     """Run `call` once under torch.profiler and count.
 
@@ -59,11 +86,12 @@ def count_launches(call: Callable[[], Any], modules: Sequence[nn.Module], where:
     """
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (where.type == "cuda")
     call()
-    with _marking(modules), profile(activities=activities) as recorded:
-        call()
-        if where.type == "cuda":
-            torch.cuda.synchronize(where)
-    events = list(recorded.events() or [])
+    with _without_trace_points():
+        with _marking(modules), profile(activities=activities) as recorded:
+            call()
+            if where.type == "cuda":
+                torch.cuda.synchronize(where)
+        events = list(recorded.events() or [])
     ranges = [event for event in events if event.name == _MARK and event.device_type == DeviceType.CPU]
     find = _kernels if where.type == "cuda" else _products
     names = [name for event in ranges for name in find(event)]

@@ -80,6 +80,9 @@ def test_a_bad_config_is_one_line(content: str, cli, tmp_path: Path) -> None:
     [
         ((), "no command given; choose one of fit, validate, test, predict, generate, prepare, configs, doctor, or --help"),
         (("fitt",), "no command fitt; did you mean fit?"),
+        (("fit",), "fit: no config; give --config NAME, a file of yours or one of a100_7b, cpu_tiny, debug, h100_125m, "),
+        (("fit", "--trainer.accelerator", "cpu"), "fit: no config; give --config NAME"),
+        (("predict",), "predict: no config; give --config NAME"),
         (("fit", "--config"), "--config needs the name or path of a config"),
         (("configs", "nope"), "no config nope"),
         (("configs", "--jso"), "unknown key jso; did you mean json?"),

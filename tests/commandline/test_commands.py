@@ -171,10 +171,23 @@ def test_configs_lists_parameters_memory_and_tokens(cli) -> None:
     assert "1.265 B" in table
 
 
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_loses_no_number_of_configs(columns: int, cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    printed = cli("configs").out
+    assert "…" not in printed
+    for text in ("a100_7b", "24 × 4096", "7.408 B", "6.603 B", "65.54 k", "9.175 B"):
+        assert text in printed
+
+
 def test_the_help_lists_every_command(cli) -> None:
     printed = cli("--help")
     assert printed.code == 0
     for command in ("fit", "validate", "test", "predict", "generate", "prepare", "configs"):
         assert f"\n    {command}  " in printed.out
+    listed = printed.out.partition("Available subcommands:")[2]
+    assert " ".join(listed.split()).count(".") >= 8  # each in whole sentences
+    assert "never run on your" not in listed
     assert "--top_p" in cli("generate", "--help").out
     assert "--vocab_size" in cli("prepare", "--help").out

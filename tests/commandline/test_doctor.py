@@ -142,9 +142,14 @@ def test_without_a_gpu_only_a_config_that_wants_one_fails() -> None:
     assert with_status(BARE, NO_CONFIG, "failed") == set()
     assert with_status(BARE, ON_CPU, "failed") == set()
     assert with_status(BARE, NO_CONFIG, "not applicable") >= GPU_CHECKS
-    assert with_status(BARE, NEEDS_GPU, "failed") == GPU_CHECKS
-    remedy = "big trains on a GPU and there is none here: use a machine with one, or give --trainer.accelerator cpu"
-    assert {by_name(BARE, NEEDS_GPU)[name].note for name in GPU_CHECKS} == {remedy}
+    checks = by_name(BARE, NEEDS_GPU)
+    assert with_status(BARE, NEEDS_GPU, "failed") == {"GPU"}  # one cause, one failure
+    assert (
+        checks["GPU"].note
+        == "big trains on a GPU and there is none here: use a machine with one, or a config that fits a CPU, cpu_tiny.yaml"
+    )
+    assert with_status(BARE, NEEDS_GPU, "unknown") == GPU_CHECKS - {"GPU"}
+    assert {checks[name].note for name in GPU_CHECKS - {"GPU"}} == {"no GPU is seen: see the check GPU"}
     assert with_status(GOOD, ON_CPU, "not applicable") >= GPU_CHECKS
 
 
@@ -338,10 +343,9 @@ def test_doctor_fails_where_a_config_wants_a_gpu_that_is_not_there(cli, on) -> N
     printed = cli("doctor", "--config", "h100_7b.yaml")
     assert printed.code == 1
     (line,) = [line for line in printed.out.splitlines() if line.startswith("failed ")]
-    assert all(name in line for name in GPU_CHECKS)
-    assert line.endswith("use a machine with one, or give --trainer.accelerator cpu")
-    answer = json.loads(cli("doctor", "--config", "h100_7b.yaml", "--json").out)
-    assert answer["failed"] == len(GPU_CHECKS)
+    assert line.startswith("failed GPU: h100_7b trains on a GPU")
+    assert line.endswith("use a machine with one, or a config that fits a CPU, cpu_tiny.yaml")
+    assert json.loads(cli("doctor", "--config", "h100_7b.yaml", "--json").out)["failed"] == 1
     on(GOOD)
     assert cli("doctor", "--config", "h100_7b").code == 0
 

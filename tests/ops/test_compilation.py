@@ -6,14 +6,10 @@ from typing import Any
 import pytest
 import torch
 from cases import CASES, LAUNCHERS, Case
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.compiler import compile as compile_source
+from kernel_tools import SHARED_MEMORY, compiled_for
 
 from mmrec.ops.launching import Call
 
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1", torch.int32: "*i32"}
-SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a program may use, by architecture
 Launched = tuple[Any, tuple[torch.Tensor | None, ...], Call]
 
 
@@ -35,24 +31,6 @@ def launches(case: Case, dtype: torch.dtype, sizes: dict[str, int], full: bool, 
     outputs = outputs if full else outputs[:1]
     torch.autograd.grad(outputs, list(inputs.values()), [torch.empty_like(output) for output in outputs], allow_unused=True)
     return found
-
-
-def compiled_for(architecture: int, launched: Launched) -> Any:
-    """The kernel as Triton would compile it at this launch."""
-    kernel, tensors, call = launched
-    signature, constants, attributes = {}, {}, {}
-    options = {name: value for name, value in call.named.items() if name not in kernel.arg_names}
-    positional = (*tensors, *call.numbers)
-    for index, name in enumerate(kernel.arg_names):
-        value = positional[index] if index < len(positional) else call.named[name]
-        specialised = name not in kernel.do_not_specialize
-        if index >= len(positional) or value is None or (type(value) is int and value == 1 and specialised):
-            signature[name], constants[index,] = "constexpr", value
-            continue
-        signature[name] = TYPES[value.dtype] if isinstance(value, torch.Tensor) else "fp32" if isinstance(value, float) else "i32"
-        if isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0 and specialised):
-            attributes[index,] = [["tt.divisibility", 16]]
-    return compile_source(ASTSource(kernel, signature, constants, attributes), target=GPUTarget("cuda", architecture, 32), options=options)
 
 
 KINDS = [
@@ -80,7 +58,7 @@ def test_kernels_compile_and_fit(
         if key in seen:
             continue
         seen.add(key)
-        shared = compiled_for(architecture, (kernel, tensors, call)).metadata.shared
+        shared = compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named).metadata.shared
         if architecture < 90 and shared > SHARED_MEMORY[architecture]:
-            shared = compiled_for(architecture, (kernel, tensors, call._replace(named=call.named | {"STAGES": 1}))).metadata.shared
+            shared = compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named | {"STAGES": 1}).metadata.shared
         assert shared <= SHARED_MEMORY[architecture], kernel.__name__

@@ -12,7 +12,7 @@ from support import TOLERANCE, assert_same
 from test_compilation import SHARED_MEMORY, compiled_for
 from torch import Tensor
 
-from mmrec.ops import decay_log, gated_read_out, head_decay, memory_address, rms_norm, rms_norm_branch, swiglu
+from mmrec.ops import decay_log, gated_read_out, head_decay, memory_address, planning_error, rms_norm, rms_norm_branch, swiglu
 from mmrec.ops.decay_log import decay_log_naive
 from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.gated_read_out import gated_read_out_naive
@@ -21,6 +21,8 @@ from mmrec.ops.head_decay import head_decay_naive
 from mmrec.ops.head_decay import kernels as head_kernels
 from mmrec.ops.memory_address import kernels as address_kernels
 from mmrec.ops.memory_address import memory_address_naive
+from mmrec.ops.planning_error import kernels as planning_kernels
+from mmrec.ops.planning_error import planning_error_naive
 from mmrec.ops.rms_norm import kernels as norm_kernels
 from mmrec.ops.rms_norm import rms_norm_naive
 from mmrec.ops.swiglu import kernels as swiglu_kernels
@@ -226,8 +228,9 @@ def test_kernels_compile(one: Pass, width: int, architecture: int, monkeypatch: 
     kernels.launch_forward(*inputs, *one.options)
     kernels.launch_backward(*backward, *(torch.empty_like(tensor) for tensor in inputs))
     assert len(found) == 2
-    for launched in found:
-        assert compiled_for(architecture, launched).metadata.shared <= SHARED_MEMORY[architecture]
+    for kernel, tensors, call in found:
+        shared = compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named).metadata.shared
+        assert shared <= SHARED_MEMORY[architecture]
 
 
 @in_settings([(CPU_LOW[0], 3), (INTERPRETED, 3), (GPU, 3)])
@@ -274,3 +277,41 @@ def test_the_gradients_of_a_branch_meet_in_one_pass(setting: Setting, time: int)
     y = rms_norm_branch(x.requires_grad_(), weight, 1e-6)[0]
     with pytest.raises(RuntimeError, match="rms_norm_branch has no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@in_settings([(CPU, 1), (CPU_LOW[1], 5), (INTERPRETED, 1), (INTERPRETED, 13), (WIDE, 3), (GPU, 700), (GPU_LOW[0], 1), (GPU_LOW[0], 700)])
+@pytest.mark.parametrize("carried", [True, False])
+def test_planning_errors(setting: Setting, time: int, carried: bool) -> None:
+    """The shift by a token within the kernels, tokens that do not count, and what was planned before the first."""
+    sizes = setting.sizes
+    updated, planned = (torch.randn(sizes["B"], time, sizes["D"] + 1).to(setting.device, setting.dtype)[..., 1:] for _ in range(2))
+    first = torch.randn(sizes["B"], sizes["D"]).to(setting.device, setting.dtype) if carried else None
+    counted = torch.rand(sizes["B"], time).to(setting.device) < 0.7
+    results = []
+    for function, dtype in ((planning_error, setting.dtype), (planning_error_naive, torch.float64)):
+        leaves = [t.detach().to(dtype).requires_grad_() for t in (updated, planned, first) if t is not None]
+        total = function(*leaves[:2], leaves[2] if carried else None, counted)
+        results.append([total, *torch.autograd.grad(0.25 * total, leaves)])
+    for actual, truth in zip(*results, strict=True):
+        assert_same(actual, truth, limit=TOLERANCE[setting.dtype])
+    assert results[0][0].dtype == setting.wide
+    assert not results[0][2][:, -1].any()
+    arguments = (updated, planned, first, counted)
+    torch.library.opcheck(
+        operator("planning_error"), tuple(t.requires_grad_() if t is not None and t is not counted else t for t in arguments)
+    )
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_planning_kernels_compile(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(planning_kernels, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
+    updated, planned = torch.empty(2, 2, 4096, 300, dtype=torch.bfloat16)
+    counted = torch.ones(2, 4096, dtype=torch.bool)
+    for first in (None, updated[:, 0]):
+        planning_kernels.launch_forward(updated, planned, first, counted)
+        outputs = (torch.empty_like(updated), torch.empty_like(planned), torch.empty_like(planned[:, 0]))
+        planning_kernels.launch_backward(torch.ones(()), updated, planned, first, counted, *outputs)
+    assert len(found) == 4
+    for kernel, tensors, call in found:
+        assert compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named).metadata.shared <= SHARED_MEMORY[architecture]

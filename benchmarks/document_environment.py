@@ -1,0 +1,135 @@
+"""The tables of section 2: what the founding document asks of a machine, and what this code needs. Numbers are those `doctor` checks."""
+
+import tomllib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from document_markdown import UNKNOWN, markdown, table
+from document_sources import ROOT, Results
+from packaging.requirements import Requirement
+
+from mmrec.commandline import machine_needs as needs
+from mmrec.commandline.machine_needs import Bound
+
+
+class Asked(NamedTuple):
+    """What the founding document asks for."""
+
+    minimum: str
+    recommended: str = UNKNOWN
+
+
+def dependencies(extra: str | None = None) -> dict[str, str]:
+    """Lower bounds that pyproject.toml declares, by package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
+    wanted = [Requirement(line) for line in lines]
+    return {need.name: ", ".join(part.version for part in need.specifier if part.operator == ">=") or "any" for need in wanted}
+
+
+def _line(name: str, asked: Asked, bound: Bound) -> list[str]:
+    limits = [f"{limit} {bound.unit}".strip() if limit else UNKNOWN for limit in (bound.minimum, bound.recommended)]
+    why = bound.reason.partition("; the founding document")[0]
+    return [name, *asked, *limits, why or UNKNOWN]
+
+
+def _table(lines: Sequence[Sequence[str]]) -> str:
+    titles = ("", "the founding document: minimum", "recommended", "needed here: minimum", "recommended", "why")
+    return markdown(titles, lines, words=range(len(titles)))
+
+
+@table
+def environment_cuda(results: Results) -> str:
+    """§2.1."""
+    return _table(
+        [
+            _line("CUDA (that PyTorch was built for)", Asked("11.8", "12.1"), needs.CUDA),
+            _line("cuDNN", Asked("8.6", "8.9"), needs.CUDNN),
+            _line("NCCL (several GPUs)", Asked("2.15", "2.18"), needs.NCCL),
+            *(_line(f"NVIDIA driver, CUDA {major}", Asked("520.61.05"), bound) for major, bound in needs.DRIVERS.items()),
+        ]
+    )
+
+
+@table
+def environment_packages(results: Results) -> str:
+    """§2.2."""
+    found = dependencies()
+    torch, triton = (bound._replace(minimum=found[name], recommended=found[name]) for name, bound in _VERSIONS.items())
+    return _table([_line("PyTorch", Asked("2.0", "2.1"), torch), _line("Triton", Asked("2.0", "2.2"), triton)])
+
+
+_VERSIONS = {"torch": needs.PYTORCH, "triton": needs.TRITON}
+
+
+@table
+def environment_dependencies(results: Results) -> str:
+    """§2.2.3."""
+    rows = [[f"`{name}`", minimum, "always"] for name, minimum in dependencies().items()]
+    for extra in ("train", "bench", "dev"):
+        rows += [[f"`{name}`", minimum, f"extra `{extra}`"] for name, minimum in dependencies(extra).items()]
+    return markdown(("package", "minimum", "installed"), rows, words=(0, 2))
+
+
+@table
+def environment_hardware(results: Results) -> str:
+    """§2.3.1 and §2.3.2."""
+    memory = needs.GPU_MEMORY_7B._replace(reason="for 7B; `doctor --config` takes a config's own estimate where that is more")
+    return _table(
+        [
+            _line("compute capability", Asked("7.0", "8.0"), needs.CAPABILITY),
+            _line("GPU memory", Asked("40 GB", "80 GB"), memory),
+            _line("CPU cores", Asked("8", "16"), needs.CORES),
+            _line("RAM", Asked("64 GB", "128 GB"), needs.RAM),
+            ["CPU", "x86-64", "AVX2", "any that PyTorch runs on", "AVX2", "PyTorch's kernels for CPUs are written for it"],
+        ]
+    )
+
+
+@table
+def environment_system(results: Results) -> str:
+    """§2.3.3."""
+    return _table(
+        [
+            [
+                "operating system",
+                "Ubuntu 20.04 or CentOS 8",
+                UNKNOWN,
+                "Linux",
+                needs.DISTRIBUTIONS_IN_WORDS,
+                "Triton is published for no other",
+            ],
+            ["C compiler", "GCC 9.0", UNKNOWN, "any", f"GCC {needs.GCC.recommended}", "Triton compiles a small launcher at its first run"],
+            _line("Ethernet (several machines)", Asked("10 Gb/s"), needs.ETHERNET),
+            _line("InfiniBand (several machines)", Asked(UNKNOWN, "200 Gb/s"), needs.INFINIBAND),
+        ]
+    )
+
+
+@table
+def environment_summary(results: Results) -> str:
+    """§5.3."""
+    found = dependencies()
+
+    def both(name: str, bound: Bound, asked: str) -> list[str]:
+        unit = f" {bound.unit}" if bound.unit else ""
+        return [name, asked, f"{bound.minimum}{unit}", f"{bound.recommended}{unit}"]
+
+    lines = [
+        both("CUDA", needs.CUDA, "11.8, better 12.1"),
+        ["PyTorch", "2.0, better 2.1", found["torch"], found["torch"]],
+        ["Triton", "2.0, better 2.2", found["triton"], found["triton"]],
+        both("compute capability", needs.CAPABILITY, "7.0, better 8.0"),
+        both("GPU memory for 7B", needs.GPU_MEMORY_7B, "40 GB, better 80 GB"),
+    ]
+    return markdown(("", "the founding document", "minimum", "recommended"), lines)
+
+
+@table
+def verified_gradients(results: Results) -> str:
+    """§2.2.2: where gradients were compared with float64."""
+    lines = [
+        [f"{architecture[2]}.{architecture[3:]}", version, f"[{file.rpartition('/')[2]}](../{file})"]
+        for (architecture, version), file in needs.VERIFIED.items()
+    ]
+    return markdown(("compute capability", "Triton", "rows"), lines, words=range(3))

@@ -1,0 +1,208 @@
+"""The tables of section 1.1: HEM off and on, launches, memory traffic; and section 4.1, the network layer by layer."""
+
+from collections.abc import Sequence
+
+from document_markdown import (
+    UNKNOWN,
+    captioned,
+    cell,
+    change,
+    markdown,
+    measured_caption,
+    owed_caption,
+    ratio,
+    table,
+    with_spread,
+)  # fmt: skip
+from document_sources import HEM, NETWORK, Measured, Results, Row, first, groups, with_values
+
+from mmrec.scripts.measurements import FUSED_REST
+
+# What the founding document predicts, in MB of one block's projections at B 4 × T 2048 × D 4096 in BF16: six matmuls, HEM.
+PREDICTED_MB = {"weights": (201.33, 201.33), "inputs": (402.66, 67.11), "total": (603.99, 268.44)}
+PREDICTED_LATENCY = "−30 … −40 %"
+LAYERS = 24
+
+
+def settings_of(rows: Sequence[Row]) -> list[tuple[tuple, list[Row]]]:
+    """Rows by sizes, UBÖO and precision; many heads first, as the shipped configs have them."""
+    keys = ("B", "T", "D", "H", "precision", "uboo")
+    found = groups(rows, lambda row: tuple(row.get(key) for key in keys))
+    return sorted(found, key=lambda item: -(item[0][3] or 0))
+
+
+def named(setting: tuple) -> str:
+    """A setting in words."""
+    B, T, D, H, precision, uboo = setting
+    return f"B {B} × T {T}, D {D}, {H} heads, {precision}, UBÖO {'on' if uboo else 'off'}"
+
+
+def command_of(module: str, setting: tuple, rows: Sequence[Row]) -> str:
+    """The command that measures a setting."""
+    B, T, D, H, precision, uboo = setting
+    size = "--size 7b" if D == 4096 else f"--model-dim {D}"
+    more = " --uboo" * bool(uboo) + " --ncu" * any(row.get("bytes_ncu") is not None for row in rows)
+    return f"python -m mmrec.scripts.{module} {size} --num-heads {H} --batch {B} --seq-len {T} --precision {precision}{more}"
+
+
+def three_forms(rows: Sequence[Row], what: str, direction: str) -> tuple[Row, Row, Row]:
+    """Six projections with an eager rest, six with a fused rest, one with a fused rest."""
+    return (
+        first(rows, what=what, direction=direction, hem=False),
+        first(rows, what=f"{what}{FUSED_REST}", direction=direction),
+        first(rows, what=what, direction=direction, hem=True),
+    )
+
+
+def _each_setting(results: Results, body) -> str:
+    measured = results.of(HEM)
+    if measured is None:
+        return captioned(body([]), owed_caption(HEM))
+    parts = []
+    for setting, rows in settings_of(measured.rows):
+        caption = measured_caption(measured, rows, command_of("benchmark_hem", setting, rows), stands_in=True)
+        parts.append(captioned(body(rows), f"{named(setting)}. {caption}"))
+    return "\n\n".join(parts)
+
+
+@table
+def hem_latency(results: Results) -> str:
+    """§1.1.1: latency and throughput."""
+
+    def body(rows: Sequence[Row]) -> str:
+        lines = []
+        for title, what, direction, predicted in (
+            ("One block, forward, ms", "block", "fwd", PREDICTED_LATENCY),
+            ("One block, forward and backward, ms", "block", "fwdbwd", UNKNOWN),
+            (f"Forward pass, {LAYERS} layers, ms", f"forward_{LAYERS}", "fwd", UNKNOWN),
+        ):
+            forms = three_forms(rows, what, direction)
+            times = [form.get("ms") for form in forms]
+            lines.append([title, *map(with_spread, forms), predicted, change(times[0], times[2]), change(times[1], times[2])])
+        for title, what, key, form in (
+            ("Throughput of one block's forward, tokens/s", "block", "tokens_per_s", ",.0f"),
+            (f"Throughput of {LAYERS} layers, tokens/s", f"forward_{LAYERS}", "tokens_per_s", ",.0f"),
+            ("Peak of one block's forward, MiB", "block", "peak_mib", ",.0f"),
+        ):
+            found = [row.get(key) for row in three_forms(rows, what, "fwd")]
+            lines.append([title, *(cell(value, form) for value in found), UNKNOWN, change(found[0], found[2]), change(found[1], found[2])])
+        titles = (
+            "metric", "six matmuls, eager rest", "six matmuls, fused rest", "HEM", "predicted", "measured: HEM against six, eager rest",
+            "HEM against six, fused rest",
+        )  # fmt: skip
+        return markdown(titles, lines)
+
+    return _each_setting(results, body)
+
+
+@table
+def hem_products(results: Results) -> str:
+    """§1.1.1: how near a block comes to its matrix products alone."""
+
+    def body(rows: Sequence[Row]) -> str:
+        lines = []
+        for title, direction in (("forward", "fwd"), ("forward and backward", "fwdbwd")):
+            for form, row in zip(
+                ("six matmuls, eager rest", "six matmuls, fused rest", "HEM"), three_forms(rows, "block", direction), strict=True
+            ):
+                share = ratio(row.get("ms"), row.get("gemm_only_ms"))
+                lines.append([f"One block, {title}, {form}", cell(row.get("ms")), cell(row.get("gemm_only_ms")), share])
+        return markdown(("what", "ms", "the same matrix products alone, ms", "ratio"), lines)
+
+    return _each_setting(results, body)
+
+
+@table
+def hem_launches(results: Results) -> str:
+    """§1.1.2: kernel launches."""
+
+    def body(rows: Sequence[Row]) -> str:
+        predicted = {"Launches of the projections, one block's forward": ("6", "1", "−83.3 %")}
+        lines = []
+        for title, what, direction, key in (
+            ("Launches of the projections, one block's forward", "block", "fwd", "launches"),
+            (f"Launches of the projections, forward of {LAYERS} layers", f"forward_{LAYERS}", "fwd", "launches"),
+            ("All kernels of one block's forward", "block", "fwd", "kernels"),
+            ("All kernels of one block's forward and backward", "block", "fwdbwd", "kernels"),
+        ):
+            found = [row.get(key) for row in three_forms(rows, what, direction)]
+            hoped = predicted.get(title, (UNKNOWN,) * 3)
+            lines.append([title, *hoped, *(cell(value, "d") for value in found), change(found[0], found[2])])
+        titles = (
+            "metric",
+            "predicted: six",
+            "predicted: HEM",
+            "predicted change",
+            "six, eager rest",
+            "six, fused rest",
+            "HEM",
+            "measured change",
+        )
+        return markdown(titles, lines)
+
+    return _each_setting(results, body)
+
+
+@table
+def hem_traffic(results: Results) -> str:
+    """§1.1.3: memory traffic of the projections."""
+
+    def body(rows: Sequence[Row]) -> str:
+        off, _, on = three_forms(rows, "block", "fwd")
+
+        def line(title: str, key: str, predicted: tuple[float, float] | None) -> list[str]:
+            before, after = off.get(key), on.get(key)
+            hoped = [UNKNOWN] * 3 if predicted is None else [*map(cell, predicted), change(*predicted)]
+            return [title, *hoped, cell(before, factor=1e-6), cell(after, factor=1e-6), change(before, after)]
+
+        lines = [
+            line("Weights read, MB", "bytes_weights", PREDICTED_MB["weights"]),
+            line("Inputs read, MB", "bytes_inputs", PREDICTED_MB["inputs"]),
+            line("Outputs written, MB", "bytes_outputs", None),
+            line("All, MB (the prediction leaves the outputs out)", "bytes", PREDICTED_MB["total"]),
+            line("All, MB, counted by ncu", "bytes_ncu", None),
+        ]
+        return markdown(("one block's projections", "predicted: six", "predicted: HEM", "predicted change", "six", "HEM", "change"), lines)
+
+    note = ""
+    measured = results.of(HEM)
+    if measured is not None:
+        reasons = {row.get("bytes_ncu_reason") for row in with_values(measured.rows, what="block", direction="fwd")} - {None}
+        note = "\n\n" + captioned("", f"No figure of ncu: {', '.join(sorted(reasons))}.") if reasons else ""
+    return _each_setting(results, body) + note
+
+
+# ---- §4.1
+
+
+@table
+def network_baseline(results: Results) -> str:
+    """§4.1: the metrics of real_benchmark."""
+    measured = results.of(NETWORK)
+    if measured is None:
+        return captioned("", owed_caption(NETWORK))
+    return "\n\n".join(_network(measured, setting, rows) for setting, rows in settings_of(measured.rows))
+
+
+def _network(measured: Measured, setting: tuple, rows: Sequence[Row]) -> str:
+    block, both = first(rows, what="block", direction="fwd"), first(rows, what="block", direction="fwdbwd")
+    whole = next((row for row in rows if str(row.get("what")).startswith("forward_")), {})
+    layers = [row["ms"] for row in with_values(rows, what="layer") if row.get("ms") is not None]
+    head = first(rows, what="head").get("ms")
+    sum_ms = None if block.get("ms") is None or head is None or not whole.get("L") else whole["L"] * block["ms"] + head
+    per_layer = f"{min(layers):.2f} … {max(layers):.2f}, mean {sum(layers) / len(layers):.2f}" if layers else UNKNOWN
+    lines = [
+        ["Block latency, forward, ms", with_spread(block)],
+        ["Block latency, forward and backward, ms", with_spread(both)],
+        [f"Model forward, {whole.get('L', UNKNOWN)} layers, ms", with_spread(whole)],
+        ["Model forward against layers × block + head", ratio(whole.get("ms"), sum_ms)],
+        ["Model forward against its matrix products alone", ratio(whole.get("ms"), whole.get("gemm_only_ms"))],
+        ["Throughput of the model's forward, tokens/s", cell(whole.get("tokens_per_s"), ",.0f")],
+        ["Throughput of one block, tokens/s", cell(block.get("tokens_per_s"), ",.0f")],
+        ["Peak memory, one block's forward and backward, MiB", cell(both.get("peak_mib"), ",.0f")],
+        ["Peak memory, model forward, MiB", cell(whole.get("peak_mib"), ",.0f")],
+        ["Latency of a layer within the forward, ms", per_layer],
+        ["Latency of the head within the forward, ms", cell(head)],
+    ]
+    caption = measured_caption(measured, rows, command_of("real_benchmark", setting, rows), stands_in=True)
+    return captioned(markdown(("metric, HEM on", "measured"), lines), f"{named(setting)}. {caption}")

@@ -1,0 +1,79 @@
+"""Tables in Markdown: cells, captions, and the register of the functions that make them."""
+
+from collections.abc import Callable, Sequence
+
+from document_sources import Measured, Results, Row, Source, values
+
+UNKNOWN = "–"
+ASKED_FOR = "A100"  # the GPU that the founding document asks for
+Table = Callable[[Results], str]
+TABLES: dict[str, Table] = {}
+
+
+def table(function: Table) -> Table:
+    """Register a function under its own name, by which the template asks for it."""
+    TABLES[function.__name__] = function
+    return function
+
+
+def cell(value: float | None, form: str = ",.2f", factor: float = 1.0) -> str:
+    """A number, times `factor`; a dash where it is unknown."""
+    return UNKNOWN if value is None else format(int(value) if form.endswith("d") else value * factor, form)
+
+
+def with_spread(row: Row, form: str = ".2f") -> str:
+    """A row's milliseconds with the medians of its fastest and its slowest round."""
+    fastest, slowest = row.get("fastest_ms"), row.get("slowest_ms")
+    spread = "" if fastest is None or slowest is None else f" ({cell(fastest, form)} … {cell(slowest, form)})"
+    return cell(row.get("ms"), form) + spread
+
+
+def change(before: float | None, after: float | None) -> str:
+    """From `before` to `after` in percent."""
+    return UNKNOWN if not before or after is None else f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
+
+
+def ratio(above: float | None, below: float | None) -> str:
+    """`above / below`."""
+    return UNKNOWN if not below or above is None else f"{above / below:.2f} ×"
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = (0,)) -> str:
+    """A table; columns of words to the left, the others, numbers, to the right."""
+    bars = ["---" if column in words else "---:" for column in range(len(titles))]
+    return "\n".join("| " + " | ".join(line).replace("|  |", "| |") + " |" for line in (titles, bars, *rows))
+
+
+def captioned(body: str, *captions: str) -> str:
+    """A table and what is said below it."""
+    return (
+        "\n\n".join([body, *(f"*{caption}*" for caption in captions if caption)]) if body else "\n\n".join(f"*{c}*" for c in captions if c)
+    )
+
+
+def measured_caption(measured: Measured, rows: Sequence[Row], command: str, stands_in: bool = False) -> str:
+    """Where rows come from: GPU, versions, date, file, command.
+
+    Args:
+        measured: the file.
+        rows: those in the table.
+        command: what wrote them.
+        stands_in: whether the founding document asks for an A100 here.
+    """
+    told = {key: ", ".join(str(value) for value in values(rows, key)) or UNKNOWN for key in ("gpu", "torch", "triton", "date")}
+    place = f"Measured on {told['gpu']} with torch {told['torch']} and Triton {told['triton']}, {told['date']}"
+    other = stands_in and ASKED_FOR not in told["gpu"]
+    instead = f"; it stands in for the {ASKED_FOR} 80 GB that the founding document asks for" if other else ""
+    return f"{place}{instead}. [{measured.path.name}](../benchmarks/results/{measured.path.name}), written by `{command}`."
+
+
+def owed_caption(source: Source, command: str | None = None) -> str:
+    """What is said where a file, or its rows for a table, are not there yet; `command` would write them, None: the file's own."""
+    if not source.has_script():
+        return (
+            f"Not measured yet: `{command or source.command}`, which is to write `benchmarks/results/{source.pattern}`, is not written yet."
+        )
+    of = f"`benchmarks/results/{source.pattern}`"
+    return (
+        f"Not measured yet: nothing of this in {of}. On a GPU, `{command or source.command}` writes it, and `make docs` fills this table."
+    )

@@ -1,0 +1,138 @@
+"""The tables of section 1.2.1, UBÖO's convergence; and section 5's summary of what was hoped for and what was measured."""
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+
+from document_hem import PREDICTED_MB, three_forms
+from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
+from document_sources import HEM, STUDY, Results, Row, groups, with_values
+from document_training import added_memory
+
+ARMS = ("off", "mse", "normalized")
+METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
+    ("Steps to the baseline's final loss", "−20 … −30 %", ",.0f", lambda row: row.get("steps_to_baseline")),
+    ("Final perplexity", "−3 … −5 %", ".3f", lambda row: None if row.get("val_loss") is None else math.exp(row["val_loss"])),
+    ("Variance of the training loss, detrended", "−40 … −50 %", ".5f", lambda row: row.get("loss_variance")),
+    ("Peak memory, GiB", "+8 … +10 %", ".2f", lambda row: row.get("peak_gib")),
+)
+
+
+def mean_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float | None:
+    """Mean over seeds; None where no seed has it."""
+    found = [number for number in map(value, rows) if number is not None]
+    return statistics.fmean(found) if found else None
+
+
+def over_seeds(rows: Sequence[Row], value: Callable[[Row], float | None], form: str) -> str:
+    """Mean and range over seeds."""
+    found = [number for number in map(value, rows) if number is not None]
+    if not found:
+        return UNKNOWN
+    spread = f" ({format(min(found), form)} … {format(max(found), form)})" if len(found) > 1 else ""
+    return format(statistics.fmean(found), form) + spread
+
+
+@table
+def uboo_convergence(results: Results) -> str:
+    """§1.2.1: the founding document's protocol."""
+    measured = results.of(STUDY)
+    rows = list(with_values(measured.rows, study="protocol")) if measured else []
+
+    def body(rows: Sequence[Row]) -> str:
+        arms = {arm: list(with_values(rows, uboo=arm)) for arm in ARMS}
+        lines = []
+        for title, predicted, form, value in METRICS:
+            off, mse, normalized = (mean_of(arms[arm], value) for arm in ARMS)
+            cells = [over_seeds(arms[arm], value, form) for arm in ARMS]
+            lines.append([title, *cells, predicted, change(off, mse), change(off, normalized)])
+        titles = ("metric", "UBÖO off", "UBÖO `mse`", "UBÖO `normalized`", "predicted", "measured: `mse`", "measured: `normalized`")
+        return markdown(titles, lines)
+
+    if measured is None or not rows:
+        return captioned(body([]), owed_caption(STUDY))
+    parts = []
+    for (parameters, steps, tokens), found in groups(rows, lambda row: tuple(row.get(key) for key in ("params_m", "steps", "tokens_m"))):
+        seeds = len({row.get("seed") for row in found})
+        deviation = (
+            f"{cell(parameters, ',.0f')} M parameters instead of 7B, books instead of C4, {cell(steps, ',d')} steps, "
+            f"{cell(tokens, ',.0f')} M tokens, {seeds} seeds: means and ranges"
+        )
+        parts.append(captioned(body(found), f"{deviation}. {measured_caption(measured, found, STUDY.command, stands_in=True)}"))
+    return "\n\n".join(parts)
+
+
+@table
+def uboo_variants(results: Results) -> str:
+    """§1.2.1: one factor at a time."""
+    measured = results.of(STUDY)
+    rows = list(with_values(measured.rows, study="uboo")) if measured else []
+    if measured is None or not rows:
+        return captioned("", owed_caption(STUDY))
+    off = mean_of([row for row in rows if row.get("uboo") == "off"], lambda row: row.get("val_loss"))
+    lines = []
+    for (uboo, variant, orthogonalize, lambda_p), found in groups(
+        rows, lambda row: tuple(row.get(key) for key in ("uboo", "variant", "orthogonalize", "lambda_P"))
+    ):
+        loss = mean_of(found, lambda row: row.get("val_loss"))
+        apart = UNKNOWN if loss is None or off is None else f"{loss - off:+.4f}"
+        settings = [str(value if value is not None else UNKNOWN) for value in (variant, uboo, orthogonalize, lambda_p)]
+        lines.append([*settings, over_seeds(found, lambda row: row.get("val_loss"), ".4f"), apart])
+    titles = ("variant", "UBÖO", "orthogonalize", "λ_P", "validation loss, nats", "against off")
+    return captioned(markdown(titles, lines), measured_caption(measured, rows, STUDY.command))
+
+
+@table
+def finalists(results: Results) -> str:
+    """§1.2.1: the network against others of equal size."""
+    measured = results.of(STUDY)
+    rows = list(with_values(measured.rows, study="finalist")) if measured else []
+    if measured is None or not rows:
+        return captioned("", owed_caption(STUDY))
+    lines = []
+    for (model, variant, parameters, tokens), found in groups(
+        rows, lambda row: tuple(row.get(key) for key in ("model", "variant", "params_m", "tokens_m"))
+    ):
+        losses = [over_seeds(found, lambda row, key=key: row.get(key), ".4f") for key in ("val_loss", "val_loss_c4")]
+        sizes = [cell(parameters, ",.1f"), cell(tokens, ",.0f"), str(len(found))]
+        lines.append([f"{model}{f', {variant}' if variant else ''}", *sizes, *losses])
+    titles = ("network", "M parameters", "M tokens", "seeds", "validation loss, nats", "on C4")
+    return captioned(markdown(titles, lines), measured_caption(measured, rows, STUDY.command))
+
+
+@table
+def hoped_and_measured(results: Results) -> str:
+    """§5.2: every expectation of the founding document beside its measurement."""
+    hem = results.of(HEM)
+    off, fused_rest, on = three_forms([row for row in hem.rows if row.get("H") != 8] if hem else [], "block", "fwd")
+    study = results.of(STUDY)
+    protocol = list(with_values(study.rows, study="protocol")) if study else []
+    longest = max((row.get("steps") or 0 for row in protocol), default=0)
+    arms = {arm: [row for row in protocol if row.get("uboo") == arm and (row.get("steps") or 0) == longest] for arm in ARMS}
+
+    def against_off(metric: int) -> str:
+        value = METRICS[metric][3]
+        changes = [change(mean_of(arms["off"], value), mean_of(arms[arm], value)) for arm in ARMS[1:]]
+        return UNKNOWN if set(changes) == {UNKNOWN} else f"`mse` {changes[0]}, `normalized` {changes[1]}"
+
+    founding = change(*PREDICTED_MB["total"])
+    without_outputs = [
+        None if row.get("bytes_weights") is None else row["bytes_weights"] + row["bytes_inputs"] for row in (off, on)
+    ]  # fmt: skip
+    lines = [
+        ["HEM: one block's latency, all of it against eager code", "−30 … −40 %", change(off.get("ms"), on.get("ms"))],
+        ["HEM: … of it the one projection alone, the rest being fused either way", UNKNOWN, change(fused_rest.get("ms"), on.get("ms"))],
+        ["HEM: launches of the projections", "about −80 %", change(off.get("launches"), on.get("launches"))],
+        ["HEM: bytes of weights and inputs, by arithmetic", f"about −50 % ({founding})", change(*without_outputs)],
+        ["HEM: bytes with the outputs, by arithmetic", UNKNOWN, change(off.get("bytes"), on.get("bytes"))],
+        ["HEM: bytes, counted by ncu", UNKNOWN, change(off.get("bytes_ncu"), on.get("bytes_ncu"))],
+        ["HEM: achieved memory bandwidth", "+40 … +50 %", UNKNOWN],
+        ["UBÖO: steps to the baseline's final loss", METRICS[0][1], against_off(0)],
+        ["UBÖO: final perplexity", METRICS[1][1], against_off(1)],
+        ["UBÖO: variance of the loss", METRICS[2][1], against_off(2)],
+        ["UBÖO: memory of a training step at 7B", "+8 … +10 % (1.5 … 2 GB)", added_memory(results)],
+    ]
+    missing = [captioned("", owed_caption(source)) for source, found in ((HEM, hem), (STUDY, study)) if found is None]
+    body = markdown(("expectation", "hoped for", "measured"), lines)
+    machines = captioned("", f"HEM: {hem.rows[0].get('gpu')}, {hem.date}; each with its conditions in section 1.") if hem else ""
+    return "\n\n".join(part for part in (body, machines, *missing) if part)

@@ -1,0 +1,121 @@
+"""The tables of training: steps of the shipped configs, and what UBÖO takes at 7B (section 1.2.2)."""
+
+from collections.abc import Sequence
+
+from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
+from document_sources import TRAINING, Results, Row
+
+UBOO_7B = ("7b_planning", "7b_planning_compiled")  # cases: the first that was measured is taken
+# The founding document's arithmetic: two D × D matrices a layer in BF16, and one layer's activations.
+D, LAYERS, BF16 = 4096, 24, 2
+PREDICTED_WEIGHTS = LAYERS * 2 * D * D * BF16
+PREDICTED_ACTIVATIONS = 268.44e6
+GIB = 2**30
+
+
+def uboo_rows(rows: Sequence[Row]) -> tuple[Row, Row]:
+    """The rows of 7B with UBÖO off and on."""
+    for case in UBOO_7B:
+        found = {row.get("uboo"): row for row in rows if row.get("case") == case and "failed" not in row}
+        if {False, True} <= found.keys():
+            return found[False], found[True]
+    return {}, {}
+
+
+@table
+def uboo_memory(results: Results) -> str:
+    """§1.2.2: what UBÖO adds."""
+    measured = results.of(TRAINING)
+    off, on = uboo_rows(measured.rows) if measured else ({}, {})
+
+    def line(title: str, key: str, predicted: float | None, form: str = ".2f") -> list[str]:
+        before, after = off.get(key), on.get(key)
+        added = None if before is None or after is None else after - before
+        hoped = cell(predicted and predicted / GIB)
+        return [title, hoped, cell(before, form), cell(after, form), cell(added, f"+{form}"), change(before, after)]
+
+    total = PREDICTED_WEIGHTS + PREDICTED_ACTIVATIONS
+    lines = [
+        line("Weights, GiB", "weights_gib", PREDICTED_WEIGHTS),
+        line("Activations, GiB", "activations_gib", PREDICTED_ACTIVATIONS),
+        line("Peak of forward and backward, GiB", "peak_gib", total),
+        line("Forward and backward, ms", "ms_per_step", None, ",.1f"),
+    ]
+    body = markdown(("7B", "predicted addition", "UBÖO off", "UBÖO on", "measured addition", "change"), lines)
+    if measured is None or not (off and on):
+        return captioned(body, owed_caption(TRAINING, f"{TRAINING.command} --only {UBOO_7B[0]}"))
+    caption = measured_caption(measured, [off, on], f"{TRAINING.command} --only {on['case']}", stands_in=True)
+    drawn = f", {on['extrapolated']}" if on.get("extrapolated") else ""
+    return captioned(body, f"{_shape(on)}, {_how(on)}, nothing recomputed{drawn}. {caption}")
+
+
+@table
+def training_step(results: Results) -> str:
+    """§4.4: training steps of the shipped configs."""
+    measured = results.of(TRAINING)
+    if measured is None:
+        return captioned("", owed_caption(TRAINING))
+    rows = [row for row in measured.rows if row.get("case") not in UBOO_7B and "failed" not in row and row.get("ms_per_step") is not None]
+    failed = [f"`{row.get('case')}`: {row['failed']}" for row in measured.rows if "failed" in row]
+    lines = [
+        [
+            f"`{row.get('case')}`: {row.get('what', UNKNOWN)}", cell(row.get("params_m"), ",.0f"), _uboo(row), _shape(row), _how(row),
+            cell(row.get("tokens_per_s"), ",.0f"),
+            _step(row), cell(row.get("host_ms"), ",.1f"), _percent(row.get("mfu")), cell(row.get("peak_gib"), ".1f"),
+            cell(row.get("first_step_s"), ".1f"), _peers(row),
+        ]
+        for row in rows
+    ]  # fmt: skip
+    titles = (
+        "case", "M parameters", "UBÖO", "a step", "how", "tokens/s", "ms a step", "of it the host's, ms", "MFU", "peak, GiB",
+        "first step, s", "others, tokens/s",
+    )  # fmt: skip
+    unmeasured = f"Not measured: {'; '.join(failed)}." if failed else ""
+    command = f"{TRAINING.command} --only {','.join(str(row.get('case')) for row in rows)}"
+    return captioned(markdown(titles, lines, words=(0, 2, 3, 4, 11)), measured_caption(measured, rows, command), unmeasured)
+
+
+def _shape(row: Row) -> str:
+    gpus = row.get("gpus") or 1
+    where = f", {gpus} GPUs, {row.get('strategy')}" if gpus != 1 else ""
+    return f"B {row.get('B', UNKNOWN)} × T {row.get('T', UNKNOWN)}{where}"
+
+
+def _step(row: Row) -> str:
+    fastest, slowest = row.get("ms_fastest"), row.get("ms_slowest")
+    spread = "" if fastest is None or slowest is None else f" ({cell(fastest, ',.1f')} … {cell(slowest, ',.1f')})"
+    return cell(row.get("ms_per_step"), ",.1f") + spread
+
+
+def _uboo(row: Row) -> str:
+    uboo = row.get("uboo")
+    return {True: "on", False: "off", None: UNKNOWN}.get(uboo, str(uboo))
+
+
+def _how(row: Row) -> str:
+    switches = {"compile": "compiled", "fp8": "FP8", "checkpointing": "checkpointing"}
+    on = []
+    for key, name in switches.items():
+        value = row.get(key)
+        if value and value not in ("none", "off"):
+            on.append(name if value is True else f"{name}: {value}")
+    return ", ".join([*(str(row[key]) for key in ("precision", "optimizer") if row.get(key)), *on]) or UNKNOWN
+
+
+def _percent(share: float | None) -> str:
+    return UNKNOWN if share is None else f"{100 * share:.1f} %"
+
+
+def _peers(row: Row) -> str:
+    peers = row.get("peers") or {}
+    return ", ".join(f"{name} {cell(value, ',.0f')}" for name, value in peers.items() if isinstance(value, int | float)) or UNKNOWN
+
+
+def added_memory(results: Results) -> str:
+    """UBÖO's share of the peak, for the summary."""
+    measured = results.of(TRAINING)
+    off, on = uboo_rows(measured.rows) if measured else ({}, {})
+    before, after = off.get("peak_gib"), on.get("peak_gib")
+    if before is None or after is None:
+        return UNKNOWN
+    return f"{change(before, after)} ({after - before:.2f} GiB)"

@@ -1,0 +1,185 @@
+"""What `train_step.py` can measure: which network, which batch, how trained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import yaml
+
+from mmrec.commandline.configs import config_layers, merge
+
+KINDS = ("step", "llama", "planning")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One measurement.
+
+    Attributes:
+        name: what `--only` calls it.
+        what: in a line, for `--list`.
+        config: a shipped config; its trainer, model and network fields are taken, but for those given here.
+        kind: `step`, a training step of ours; `llama`, one of Hugging Face's; `planning`, bytes and times of UBÖO off and on.
+        batches: sizes B to try, the largest first; the first that fits the memory is measured.
+        seq_len: T.
+        accumulate: micro-batches of a step.
+        model: arguments of the training module.
+        network: fields of the network.
+        trainer: arguments of the Trainer.
+        cold: empty caches, so that `first_step_s` is that of a first run.
+        warmup, steps: steps before the clock, and under it.
+    """
+
+    name: str
+    what: str
+    config: str = "h100_370m"
+    kind: str = "step"
+    batches: tuple[int, ...] = (8,)
+    seq_len: int = 2048
+    accumulate: int = 1
+    model: dict[str, Any] = field(default_factory=dict)
+    network: dict[str, Any] = field(default_factory=dict)
+    trainer: dict[str, Any] = field(default_factory=dict)
+    cold: bool = False
+    warmup: int = 8
+    steps: int = 12
+
+    def settings(self) -> dict[str, Any]:
+        """The config's content, merged: `trainer`, `model` and, in it, `network`, with this case's own fields on top."""
+        content = merge(config_layers(self.config))
+        model = dict(content.get("model") or {})
+        network = {**(model.pop("network", None) or {}), **self.network}
+        shipped = content.get("trainer") or {}
+        trainer = {name: shipped[name] for name in ("precision", "gradient_clip_val") if name in shipped}
+        return {"trainer": trainer | self.trainer, "model": model | self.model, "network": network}
+
+    def changed(self, settings: Sequence[str]) -> "Case":
+        """This case with `network.NAME=VALUE`, `model.NAME=VALUE` or `trainer.NAME=VALUE`, which its name then says.
+
+        Raises:
+            ValueError: for a setting of another form.
+        """
+        case = self
+        for setting in settings:
+            key, equals, value = setting.partition("=")
+            group, _, name = key.partition(".")
+            if not (equals and name and group in ("network", "model", "trainer")):
+                raise ValueError(f"{setting} is no setting; give network.NAME=VALUE, model.NAME=VALUE or trainer.NAME=VALUE")
+            fields = getattr(case, group) | {name: yaml.safe_load(value)}
+            case = replace(case, name=f"{case.name} {setting}", **{group: fields})
+        return case
+
+
+COMPILED = {"compile_blocks": True}
+OFF, ON = {"use_uboo": False}, {"use_uboo": True}
+RECOMPUTED = OFF | {"activation_checkpointing": True}  # 32,768 tokens' activations would not fit 80 GB otherwise
+_370M = Case(name="370m", what="369 M, UBÖO off, compiled blocks", model=COMPILED, network=OFF)
+_1B3 = Case(
+    name="1b3",
+    what="1.27 B, UBÖO off, nothing recomputed, the largest B that fits",
+    config="h100_1b3",
+    batches=(8, 4),
+    model=COMPILED,
+    network=OFF | {"activation_checkpointing": False},
+)
+_7B = Case(
+    name="7b_8bit",
+    what="6.6 B, bf16-true, 8-bit AdamW, recomputed blocks",
+    config="h100_7b",
+    batches=(4,),
+    model=COMPILED | {"optimizer": "adamw_8bit"},
+    network=OFF | {"activation_checkpointing": True},
+    trainer={"precision": "bf16-true"},
+    warmup=4,
+    steps=8,
+)
+
+CASES = {
+    case.name: case
+    for case in (
+        _370M,
+        replace(_370M, name="370m_eager", what="369 M, UBÖO off, blocks not compiled", model={}),
+        replace(_370M, name="370m_uboo", what="411 M, UBÖO on, compiled blocks", network=ON),
+        replace(_370M, name="370m_uboo_eager", what="411 M, UBÖO on, blocks not compiled", model={}, network=ON),
+        replace(_370M, name="370m_six", what="six projections instead of HEM's one, compiled", network=OFF | {"use_hem": False}),
+        replace(_370M, name="370m_fp8", what="compiled, the large products in FP8", model=COMPILED | {"fp8": True}),
+        replace(_370M, name="370m_recomputed", what="compiled, blocks recomputed", network=RECOMPUTED),
+        replace(_370M, name="370m_b16", what="32,768 tokens a step as B 16 x T 2048, blocks recomputed", network=RECOMPUTED, batches=(16,)),
+        replace(
+            _370M,
+            name="370m_long",
+            what="32,768 tokens a step as B 1 x T 32768, blocks recomputed",
+            network=RECOMPUTED,
+            batches=(1,),
+            seq_len=32768,
+        ),
+        replace(_370M, name="370m_cold", what="the first step with empty caches, compiled", cold=True, warmup=2, steps=2),
+        replace(_370M, name="370m_eager_cold", what="the first step with empty caches", model={}, cold=True, warmup=2, steps=2),
+        replace(_370M, name="llama", what="Hugging Face's Llama, 24 x 1024, 374 M, eager", kind="llama", model={}),
+        replace(
+            _370M, name="llama_long", what="Hugging Face's Llama at B 1 x T 32768", kind="llama", model={}, batches=(1,), seq_len=32768
+        ),
+        _1B3,
+        replace(_1B3, name="1b3_eager", what="1.27 B, blocks not compiled", model={}),
+        replace(_1B3, name="1b3_recomputed", what="1.27 B as shipped: blocks recomputed, B 8", network=OFF, model=COMPILED),
+        replace(_1B3, name="1b3_fp8", what="the large products in FP8", model=COMPILED | {"fp8": True}),
+        _7B,
+        replace(
+            _7B,
+            name="7b_bf16",
+            what="6.6 B, bf16-true, AdamW with bf16 moments, recomputed blocks",
+            model=COMPILED | {"optimizer": "adamw_bf16"},
+        ),
+        replace(_7B, name="7b_uboo", what="7.4 B: 7b_8bit with UBÖO on", network=_7B.network | ON),
+        replace(
+            _7B,
+            name="7b_planning",
+            what="UBÖO off and on at 7B: bytes and times of 2 and 6 layers, from them 24",
+            kind="planning",
+            model={},
+            network={"activation_checkpointing": False},
+        ),
+        replace(
+            _7B,
+            name="7b_planning_compiled",
+            what="7b_planning with compiled blocks",
+            kind="planning",
+            model=COMPILED,
+            network={"activation_checkpointing": False},
+        ),
+        Case(
+            name="tiny",
+            what="a network for a CPU, to try the script",
+            config="cpu_tiny",
+            batches=(2,),
+            seq_len=64,
+            warmup=2,
+            steps=3,
+            trainer={"precision": "32-true"},
+        ),
+        Case(
+            name="tiny_planning",
+            what="7b_planning's way, for a CPU",
+            config="cpu_tiny",
+            kind="planning",
+            batches=(2,),
+            seq_len=64,
+            warmup=1,
+            steps=2,
+            trainer={"precision": "32-true"},
+        ),
+        Case(
+            name="tiny_llama",
+            what="llama's way, for a CPU",
+            config="cpu_tiny",
+            kind="llama",
+            batches=(2,),
+            seq_len=64,
+            warmup=1,
+            steps=2,
+            trainer={"precision": "32-true"},
+        ),
+    )
+}
+# What the issue's table asks for; the rest by name.
+DEFAULT = ("370m", "370m_eager", "370m_uboo", "370m_b16", "370m_long", "370m_cold", "1b3", "7b_8bit", "7b_bf16", "7b_planning", "llama")

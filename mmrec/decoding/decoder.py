@@ -1,0 +1,135 @@
+"""The step of decoding with everything in fixed places, so that one CUDA graph replays it for every token.
+
+Shapes: token ids (B,) int64; logits (B, vocab_size) in the weights' dtype; the state of each layer, h (B, D) and M (B, H, K, V), in fp32
+(float64 for a float64 network). Neither the time of a step nor the memory depends on how much was read.
+"""
+
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from mmrec.core.memory import BlockState
+from mmrec.decoding.fused_step import FusedStep, unsupported
+from mmrec.model import MMRecModel
+
+_WARM_UPS = 2  # steps before the capture: the first compiles, the second shows that nothing is left to be set up
+
+
+class Decoder:
+    """Decodes B sequences, token by token, from the state that reading a prompt has left.
+
+    On CUDA a step is one replay of a graph, captured here: `FusedStep` where the network and the batch allow it, else `model.step`. On a
+    CPU the same runs without a graph. Either reads the parameters where they lay at construction: values that training changes in place
+    count from the next step on; parameters that were replaced (`model.to`, `set_hem`, assigning `.data`) do not, and need a new decoder.
+    The fused step calls no module, so hooks and compiled blocks do not run in it, and autocast does not reach it.
+
+    Args:
+        model: a network in evaluation mode.
+        batch_size: B.
+        fused: whether the kernels of `FusedStep` run; None: where they can.
+        greedy: each step also writes the most likely next token into `tokens`, so that `advance` goes on from there.
+
+    Attributes:
+        logits: (B, vocab_size), of the token after the last one given; the next step overwrites them.
+        tokens: (B,) int64, the token last read; with `greedy` the one to be read next.
+        state: one `BlockState` a layer, overwritten by every step.
+        fused: whether `FusedStep` runs.
+        reason: why not; empty where it does.
+
+    Raises:
+        ValueError: for a `batch_size` below 1; for `fused=True` where that cannot be.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: MMRecModel, batch_size: int = 1, *, fused: bool | None = None, greedy: bool = False) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; give at least 1")
+        self.reason = "not asked for" if fused is False else unsupported(model, batch_size)
+        if fused and self.reason:
+            raise ValueError(f"the fused step cannot run: {self.reason}")
+        weight = model.embedding.weight
+        self.fused = not self.reason
+        self.logits = torch.zeros(batch_size, model.config.vocab_size, dtype=weight.dtype, device=weight.device)
+        self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
+        self.state = model.init_state(batch_size)
+        self._model: MMRecModel | None = model
+        self._greedy = greedy
+        self._step = FusedStep(model, self.state, self.logits) if self.fused else None
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if weight.is_cuda:
+            self._capture(weight.device)
+
+    @torch.inference_mode()
+    def load(self, state: list[BlockState]) -> None:
+        """Start from a state, one `BlockState` a layer for B sequences; it is copied.
+
+        Raises:
+            ValueError: for a state of another number of layers or of another shape.
+        """
+        if len(state) != len(self.state):
+            raise ValueError(f"state has {len(state)} layers, the network {len(self.state)}; give one BlockState a layer")
+        for own, given in zip(self.state, state, strict=True):
+            if own.h.shape != given.h.shape or own.M.shape != given.M.shape:
+                raise ValueError(
+                    f"state has h {tuple(given.h.shape)} and M {tuple(given.M.shape)}; give {tuple(own.h.shape)}, {tuple(own.M.shape)}"
+                )
+            own.h.copy_(given.h)
+            own.M.copy_(given.M)
+
+    @torch.inference_mode()
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Read one token, (B,) int64; returns `self.logits`, which the next step overwrites."""
+        self.tokens.copy_(token_ids)
+        self.advance()
+        return self.logits
+
+    @torch.inference_mode()
+    def advance(self) -> None:
+        """Read `self.tokens`: after `step` and with `greedy` a token further each time. Does not wait for the device."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._run()
+
+    def close(self) -> None:
+        """Give back the graph's memory and the buffers; the decoder is of no use afterwards."""
+        if self._graph is not None:
+            self._graph.reset()
+        self._graph = self._step = self._model = None
+        self.state = []
+
+    def __enter__(self) -> "Decoder":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _run(self) -> None:
+        if self._step is not None:
+            self._step(self.tokens)
+        else:
+            if self._model is None:
+                raise RuntimeError("the decoder is closed; make a new one")
+            logits, after = self._model.step(self.tokens, self.state)
+            self.logits.copy_(logits)
+            self.load(after)
+        if self._greedy:
+            torch.argmax(self.logits, dim=-1, out=self.tokens)
+
+    def _capture(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UPS):
+                    self._run()
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._run()
+            self._graph = graph
+        for own in self.state:
+            own.h.zero_()
+            own.M.zero_()
+        self.tokens.zero_()

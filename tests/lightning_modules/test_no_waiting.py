@@ -1,0 +1,67 @@
+"""In the steady state of training the host waits for the device nowhere: neither in the module, nor the callbacks, nor Lightning."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch.utils.data import DataLoader
+
+from callbacks import AuxiliaryLossCurves, GPUMemoryProfile, RandomStates, StepLatency
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+FIRST, LAST, STEPS = 4, 12, 14  # before, everything is compiled and the first batches are checked; the last step is logged
+
+
+class NoWaiting(Callback):
+    """Makes every wait for the device an error between two steps."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps += trainer.global_step > FIRST
+        if trainer.global_step == FIRST:
+            torch.cuda.set_sync_debug_mode("error")
+        elif trainer.global_step == LAST:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(
+    ("precision", "module", "network"),
+    [
+        ("bf16-mixed", {}, {"use_uboo": False}),
+        ("bf16-mixed", {"compile_blocks": True}, {}),
+        ("bf16-true", {"lambda_P_final": 0.05, "lambda_P_anneal_steps": 8}, {"orthogonalize": True}),
+        ("32-true", {}, {"use_dpg": True, "activation_checkpointing": True}),
+        ("bf16-true", {"optimizer": "adamw_8bit"}, {"use_uboo": False}),
+    ],
+    ids=["mixed", "compiled", "bf16", "fp32", "8bit"],
+)
+def test_no_step_waits(
+    precision: str, module: dict[str, Any], network: dict[str, Any], accumulate: int, tmp_path: Path, stubs: ModuleType
+) -> None:
+    if module.get("optimizer"):
+        pytest.importorskip("torchao")
+    watch = NoWaiting()
+    callbacks = [AuxiliaryLossCurves(), GPUMemoryProfile(), RandomStates(), StepLatency(), watch]
+    trainer = stubs.make_trainer(
+        tmp_path,
+        callbacks,
+        accelerator="gpu",
+        precision=precision,
+        max_steps=STEPS,
+        accumulate_grad_batches=accumulate,
+        log_every_n_steps=1000,
+        limit_val_batches=0,
+    )
+    batches = [stubs.make_batch(list(range(4 * index, 4 * index + 4))) for index in range(accumulate * STEPS)]
+    trainer.fit(stubs.make_module(network, **module), DataLoader(batches, batch_size=None, pin_memory=True))
+    assert trainer.global_step == STEPS
+    assert watch.steps >= LAST - FIRST
