@@ -70,25 +70,25 @@ class Case:
         return case
 
 
-COMPILED = {"compile_blocks": True}
+EAGER = {"cuda_graph": False}
+COMPILED = EAGER | {"compile_blocks": True}
 OFF, ON = {"use_uboo": False}, {"use_uboo": True}
-RECOMPUTED = OFF | {"activation_checkpointing": True}  # 32,768 tokens' activations would not fit 80 GB otherwise
-_370M = Case(name="370m", what="369 M, UBÖO off, compiled blocks", model=COMPILED, network=OFF)
+RECOMPUTED = OFF | {"activation_checkpointing": "selective"}  # 32,768 tokens' activations would not fit 80 GB otherwise
+_370M = Case(name="370m", what="369 M, UBÖO off, as shipped: one CUDA graph", network=OFF)
 _1B3 = Case(
     name="1b3",
     what="1.27 B, UBÖO off, nothing recomputed, the largest B that fits",
     config="h100_1b3",
     batches=(8, 4),
-    model=COMPILED,
     network=OFF | {"activation_checkpointing": False},
 )
 _7B = Case(
     name="7b_8bit",
-    what="6.6 B, bf16-true, 8-bit AdamW, recomputed blocks",
+    what="6.6 B, bf16-true, 8-bit AdamW, the cheap parts recomputed",
     config="h100_7b",
     batches=(4,),
-    model=COMPILED | {"optimizer": "adamw_8bit"},
-    network=OFF | {"activation_checkpointing": True},
+    model={"optimizer": "adamw_8bit"},
+    network=RECOMPUTED,
     trainer={"precision": "bf16-true"},
     warmup=4,
     steps=8,
@@ -98,37 +98,42 @@ CASES = {
     case.name: case
     for case in (
         _370M,
-        replace(_370M, name="370m_eager", what="369 M, UBÖO off, blocks not compiled", model={}),
-        replace(_370M, name="370m_uboo", what="411 M, UBÖO on, compiled blocks", network=ON),
-        replace(_370M, name="370m_uboo_eager", what="411 M, UBÖO on, blocks not compiled", model={}, network=ON),
-        replace(_370M, name="370m_six", what="six projections instead of HEM's one, compiled", network=OFF | {"use_hem": False}),
+        replace(_370M, name="370m_eager", what="369 M, UBÖO off, neither graph nor compiler", model=EAGER),
+        replace(_370M, name="370m_compiled", what="369 M, UBÖO off, compiled blocks, no graph", model=COMPILED),
+        replace(_370M, name="370m_uboo", what="411 M, UBÖO on", network=ON),
+        replace(_370M, name="370m_six", what="six projections instead of HEM's one", network=OFF | {"use_hem": False}),
         replace(_370M, name="370m_fp8", what="compiled, the large products in FP8", model=COMPILED | {"fp8": True}),
-        replace(_370M, name="370m_recomputed", what="compiled, blocks recomputed", network=RECOMPUTED),
-        replace(_370M, name="370m_b16", what="32,768 tokens a step as B 16 x T 2048, blocks recomputed", network=RECOMPUTED, batches=(16,)),
+        replace(_370M, name="370m_recomputed", what="decays, addresses and gated activations recomputed", network=RECOMPUTED),
+        replace(
+            _370M,
+            name="370m_b16",
+            what="32,768 tokens a step as B 16 x T 2048, the cheap parts recomputed",
+            network=RECOMPUTED,
+            batches=(16,),
+        ),
         replace(
             _370M,
             name="370m_long",
-            what="32,768 tokens a step as B 1 x T 32768, blocks recomputed",
+            what="32,768 tokens a step as B 1 x T 32768, the cheap parts recomputed",
             network=RECOMPUTED,
             batches=(1,),
             seq_len=32768,
         ),
-        replace(_370M, name="370m_cold", what="the first step with empty caches, compiled", cold=True, warmup=2, steps=2),
-        replace(_370M, name="370m_eager_cold", what="the first step with empty caches", model={}, cold=True, warmup=2, steps=2),
+        replace(_370M, name="370m_cold", what="the first step with empty caches", cold=True, warmup=2, steps=2),
         replace(_370M, name="llama", what="Hugging Face's Llama, 24 x 1024, 374 M, eager", kind="llama", model={}),
         replace(
             _370M, name="llama_long", what="Hugging Face's Llama at B 1 x T 32768", kind="llama", model={}, batches=(1,), seq_len=32768
         ),
         _1B3,
-        replace(_1B3, name="1b3_eager", what="1.27 B, blocks not compiled", model={}),
-        replace(_1B3, name="1b3_recomputed", what="1.27 B as shipped: blocks recomputed, B 8", network=OFF, model=COMPILED),
+        replace(_1B3, name="1b3_eager", what="1.27 B, no graph", model=EAGER),
+        replace(_1B3, name="1b3_recomputed", what="1.27 B as shipped: the cheap parts recomputed", network=OFF),
         replace(_1B3, name="1b3_fp8", what="the large products in FP8", model=COMPILED | {"fp8": True}),
         _7B,
         replace(
             _7B,
             name="7b_bf16",
-            what="6.6 B, bf16-true, AdamW with bf16 moments, recomputed blocks",
-            model=COMPILED | {"optimizer": "adamw_bf16"},
+            what="6.6 B, bf16-true, AdamW with bf16 moments",
+            model={"optimizer": "adamw_bf16"},
         ),
         replace(_7B, name="7b_uboo", what="7.4 B: 7b_8bit with UBÖO on", network=_7B.network | ON),
         replace(

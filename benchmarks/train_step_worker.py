@@ -67,6 +67,7 @@ def common(case: Case, batch: int, where: torch.device, limit: float | None) -> 
         "precision": settings["trainer"].get("precision", "32-true"),
         "optimizer": model.get("optimizer", "adamw"),
         "compile": ours and bool(model.get("compile_blocks")),
+        "cuda_graph": ours and bool(model.get("cuda_graph")) and where.type == "cuda",
         "fp8": ours and bool(model.get("fp8")),
         "checkpointing": ours and network.activation_checkpointing,
         "tokens_per_s": None,

@@ -15,6 +15,7 @@ from callbacks.scalars import is_log_step, log_scalars
 from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_hyperparameters, check_token_range, check_vocabulary
 from lightning_modules.float8 import check_float8, check_float8_batch, convert_to_float8
 from lightning_modules.gradients import auxiliary_gradient_statistics, clip_gradients
+from lightning_modules.graphed_step import GraphedStep
 from lightning_modules.optimizers import (
     OptimizerName,
     check_precision,
@@ -88,6 +89,7 @@ class MMRecLightningModule(LightningModule):
         optimizer: OptimizerName = "adamw",
         fp8: bool = False,
         compile_blocks: bool = False,
+        cuda_graph: bool = False,
         check_batches: bool = False,
     ) -> None:
         """Build the network and remember how to train it.
@@ -108,6 +110,8 @@ class MMRecLightningModule(LightningModule):
                 two are torchao's and round bf16 weights stochastically.
             fp8: the blocks' large products in FP8 (torchao); slow without compile_blocks.
             compile_blocks: `torch.compile` each block in place.
+            cuda_graph: replay forward and backward of a micro-batch as one CUDA graph, so that no launch waits for Python; on one GPU
+                (with several, and on a CPU, it does nothing). Sequences of varying length would each be captured anew.
             check_batches: compare every batch's ids with the vocabulary on a GPU too (waits for it at every step); a CPU always does.
         """
         super().__init__()
@@ -129,6 +133,7 @@ class MMRecLightningModule(LightningModule):
             "optimizer": optimizer,
             "fp8": fp8,
             "compile_blocks": compile_blocks,
+            "cuda_graph": cuda_graph,
             "check_batches": check_batches,
         }
         check_hyperparameters(hparams)
@@ -145,6 +150,7 @@ class MMRecLightningModule(LightningModule):
         self._micro_batches: list[LossOutput] = []
         self._batches_checked = 0
         self._means: list[MeanMetric] = []
+        self._graphed: GraphedStep | None = None
         self._blocks_compiled = self._in_float8 = False
         self.last_validation: dict[str, float] = {}
 
@@ -218,6 +224,15 @@ class MMRecLightningModule(LightningModule):
                 group.update(initial_lr=base, weight_decay=decay)
                 group.update(betas=tuple(hparams["betas"]), eps=hparams["eps"])
 
+        graphed = hparams["cuda_graph"] and self.device.type == "cuda" and self.trainer.world_size == 1
+        self._graphed = GraphedStep(self.network) if graphed else None
+
+    def on_train_end(self) -> None:
+        """Give back what the graphs hold."""
+        if self._graphed is not None:
+            self._graphed.close()
+        self._graphed = None
+
     # ---- a training step
 
     def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Tensor:
@@ -227,12 +242,27 @@ class MMRecLightningModule(LightningModule):
             self.network.lambda_P = linear_change(
                 self.config.lambda_P, self.hparams["lambda_P_final"], self.hparams["lambda_P_anneal_steps"], self.trainer.global_step
             )
-        output = self.network.loss(batch, diagnostics=self.diagnostics_wanted)
+        if self._graphed is None:
+            output = self.network.loss(batch, diagnostics=self.diagnostics_wanted)
+        else:
+            output = self._graphed.run(batch, first=not self._micro_batches, scale=1 / self.trainer.accumulate_grad_batches)
+            if self.diagnostics_wanted:
+                output = output._replace(diagnostics=self.network.diagnose(batch))
         self.last_loss = _detach(output)
         self._micro_batches.append(self.last_loss)
         self._unreduced_tokens += batch["input_ids"].numel()
         self.log("train/loss", self.last_loss.loss, logger=False)  # for callbacks that monitor; the loggers get the mean of the step
         return output.loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The gradients; nothing is left to do where a graph made them with the loss."""
+        if self._graphed is None:
+            loss.backward(*args, **kwargs)
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        """Forget the gradients of the step before; a graph does so itself."""
+        if self._graphed is None:
+            optimizer.zero_grad()
 
     def _check_batch(self, batch: Mapping[str, Tensor]) -> None:
         check_batch_form(batch)
@@ -264,15 +294,8 @@ class MMRecLightningModule(LightningModule):
         self._update_tokens_seen()
         loss, main, auxiliary = mean[:3].tolist()
         norm = float(self.last_gradient_norm) if self.last_gradient_norm is not None else float("nan")
-        values = {
-            "train/loss": loss,
-            "train/loss_main": main,
-            "train/loss_aux": auxiliary,
-            "train/grad_norm": norm,
-            "train/lr": learning_rate,
-            "train/tokens": self.tokens_seen,
-        }
-        log_scalars(self.trainer, values, step)
+        losses = {"train/loss": loss, "train/loss_main": main, "train/loss_aux": auxiliary}
+        log_scalars(self.trainer, losses | {"train/grad_norm": norm, "train/lr": learning_rate, "train/tokens": self.tokens_seen}, step)
 
     def _update_tokens_seen(self) -> None:
         """Add what all ranks have read since the last time; a collective."""
@@ -335,8 +358,8 @@ class MMRecLightningModule(LightningModule):
         """How well the network foresaw each token.
 
         Returns:
-            On the CPU: `log_likelihood` fp32 (B, T), natural logarithm, 0 where the label is −1; `loss` fp32 (B,), the mean negative
-            log-likelihood of a sequence's labels; `num_tokens` int64 (B,).
+            On the CPU: `log_likelihood` fp32 (B, T), natural logarithm, 0 where the label is −1; `loss` fp32 (B,), the negative of its mean
+            over a sequence's labels; `num_tokens` int64 (B,).
         """
         self._check_batch(batch)
         rows = []
@@ -344,8 +367,7 @@ class MMRecLightningModule(LightningModule):
             reset = batch["reset"][index : index + 1] if "reset" in batch else None
             logits = self.network(batch["input_ids"][index : index + 1], reset=reset)
             rows.append(-F.cross_entropy(logits[0].float(), labels, ignore_index=-1, reduction="none"))
-        log_likelihood = torch.stack(rows).cpu()
-        num_tokens = (batch["labels"] != -1).sum(1).cpu()
+        log_likelihood, num_tokens = torch.stack(rows).cpu(), (batch["labels"] != -1).sum(1).cpu()
         return {"log_likelihood": log_likelihood, "loss": -log_likelihood.sum(1) / num_tokens.clamp(min=1), "num_tokens": num_tokens}
 
     # ---- checkpoints

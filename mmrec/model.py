@@ -246,7 +246,8 @@ class MMRecModel(nn.Module):
                 "return_auxiliary_loss": with_planning,
                 "return_state": True,
             }
-            result = checkpoint(block, x, use_reentrant=False, **options) if recompute else block(x, **options)
+            # No random state to keep: nothing is drawn in a block, and within a CUDA graph it could not be read.
+            result = checkpoint(block, x, use_reentrant=False, preserve_rng_state=False, **options) if recompute else block(x, **options)
             x = result[0]
             if with_planning:
                 planning.append(result[1])

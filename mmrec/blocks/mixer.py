@@ -17,6 +17,7 @@ from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN
 from mmrec.core.mdi import GateWeights
 from mmrec.ops import decay_log, gated_read_out, gated_scan, memory_address, memory_scan
 from mmrec.ops.registration import refuse_second_order
+from mmrec.ops.sums import column_sum
 
 _ops = torch.ops.mmrec
 _PARTS = 6
@@ -94,7 +95,7 @@ def _gate_backward(dlogits: Tensor, inner: Tensor, x: Tensor, W_in: Tensor, W_ou
     dhidden = torch.mm(flat, W_out)
     dinner = torch.ops.aten.threshold_backward(dhidden, inner, 0) if relu else torch.ops.aten.gelu_backward(dhidden, inner)
     dx.flatten(0, 1).addmm_(dinner, W_in)
-    return torch.mm(dinner.t(), x.flatten(0, 1)), dinner.sum(0), dW_out
+    return torch.mm(dinner.t(), x.flatten(0, 1)), column_sum(dinner), dW_out
 
 
 def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,8 @@ import triton.language as tl
 
 from mmrec.ops.launching import power_of_two
 
-_ELEMENTS = 4096  # of a program's tile: 32 a thread of four warps
+# Of a program's tile: 32 a thread of four warps; half of it where a backward's many tensors would leave room for too few warps.
+FORWARD, BACKWARD = 4096, 2048
 
 
 @triton.jit
@@ -45,8 +46,8 @@ def store_tile(ptr, x, batch, head, first, stride_b, stride_t, stride_h, stride_
     tl.store(pointers, x.to(ptr.dtype.element_ty), mask=_inside(first, T, K, M, BK))
 
 
-def tokens_and_warps(time: int, width: int) -> dict[str, Any]:
+def tokens_and_warps(time: int, width: int, elements: int = FORWARD) -> dict[str, Any]:
     """Tile (M, BK) of a program by the sequence's length and the heads' width, with `num_warps`."""
     columns = power_of_two(width)
-    tokens = max(1, min(_ELEMENTS // columns, power_of_two(time)))
+    tokens = max(1, min(elements // columns, power_of_two(time)))
     return {"M": tokens, "BK": columns, "num_warps": 4 if tokens * columns >= 1024 else 1}

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.primitives import LOG2E
-from mmrec.ops.tiles import load_tile, store_tile, tile_of, tokens_and_warps
+from mmrec.ops.sums import add_parts
+from mmrec.ops.tiles import BACKWARD, load_tile, store_tile, tile_of, tokens_and_warps
 
 _COLUMNS = 128  # channels of a program
 
@@ -175,7 +176,7 @@ def launch_backward(
 ) -> None:
     """Write the gradients into the given tensors, of any strides and dtypes."""
     batch, time, channels = logits.shape
-    options = tokens_and_warps(time, _COLUMNS)
+    options = tokens_and_warps(time, _COLUMNS, BACKWARD)
     tiles = batch * blocks(time, options["M"])
     parts = torch.empty((1 if context is None else 2, tiles, channels), dtype=torch.float32, device=logits.device)
 
@@ -186,6 +187,4 @@ def launch_backward(
         return Call((tiles * blocks(channels, _COLUMNS),), (time, channels, *inputs, *outputs, low, high), flags | options)
 
     launch(backward_kernel, (dlog_gamma, logits, bias, context, context_bias, dlogits, dcontext, parts), prepare, low, high)
-    dbias.copy_(parts[0].sum(0))
-    if dcontext_bias is not None:
-        dcontext_bias.copy_(parts[1].sum(0))
+    add_parts(parts if dcontext_bias is not None else parts[0], dbias, dcontext_bias)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch
 from mmrec.ops.primitives import LOG2E
-from mmrec.ops.tiles import load_tile, store_tile, tile_of, tokens_and_warps
+from mmrec.ops.sums import add_parts
+from mmrec.ops.tiles import BACKWARD, load_tile, store_tile, tile_of, tokens_and_warps
 
 
 @triton.jit
@@ -176,7 +177,7 @@ def launch_backward(
 ) -> None:
     """Write the gradients into the given tensors, of any strides and dtypes."""
     batch, time, heads, width = r.shape
-    options = tokens_and_warps(time, width)
+    options = tokens_and_warps(time, width, BACKWARD)
     tiles = batch * blocks(time, options["M"])
     parts = torch.empty((2, tiles, heads, width), dtype=torch.float32, device=r.device)
 
@@ -186,5 +187,4 @@ def launch_backward(
         return Call((tiles * heads,), (time, heads, *inputs, *outputs, parts.stride(0), eps), {"K": width} | options)
 
     launch(backward_kernel, (dy, r, h, e, g_r, g_h, dr, dh, de, parts), prepare, eps)
-    dg_r.copy_(parts[0].sum(0))
-    dg_h.copy_(parts[1].sum(0))
+    add_parts(parts, dg_r, dg_h)

@@ -10,6 +10,7 @@ from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
 from mmrec.ops.gated_scan.kernels_newton import newton_kernel
 from mmrec.ops.launching import Call, blocks, check_row_strides, launch, strides
 from mmrec.ops.registration import INTERPRETED
+from mmrec.ops.sums import add_parts
 from mmrec.ops.tuning import channel_class, launch_options
 
 
@@ -119,7 +120,4 @@ def launch_backward(
     )
     if not in_kernel:
         dp.copy_(dp_parts.unflatten(-1, (p.shape[-1], -1)).sum(-1))
-    if dw_g.dtype == torch.float32:
-        torch.sum(dw_g_parts, 0, out=dw_g)
-    else:
-        dw_g.copy_(dw_g_parts.sum(0))
+    add_parts(dw_g_parts, dw_g)

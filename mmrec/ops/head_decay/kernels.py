@@ -9,6 +9,7 @@ from mmrec.ops.decay_log.kernels import logsigmoid
 from mmrec.ops.launching import Call, blocks, launch, power_of_two
 from mmrec.ops.primitives import LOG2E
 from mmrec.ops.registration import INTERPRETED
+from mmrec.ops.sums import add_parts
 
 _TOKENS = 64  # of a program: 128 programs for 8,192 tokens
 _CHANNELS = 128  # read at a time
@@ -153,5 +154,4 @@ def launch_backward(
             dx.copy_((dlogits @ narrow).view(dx.shape))
         wide = x.is_cuda and x.dtype != torch.float32
         dw_alpha.copy_(torch.mm(dlogits.T, flat, out_dtype=torch.float32) if wide else dlogits.T @ flat)
-    dA_log.copy_(parts[0].sum(0))
-    ddt_bias.copy_(parts[1].sum(0))
+    add_parts(parts, dA_log, ddt_bias)

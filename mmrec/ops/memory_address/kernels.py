@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch, strides
-from mmrec.ops.tiles import load_tile, store_tile, tile_of, tokens_and_warps
+from mmrec.ops.tiles import BACKWARD, load_tile, store_tile, tile_of, tokens_and_warps
 
 EPS = tl.constexpr(1e-6)
 
@@ -157,7 +157,7 @@ def launch_backward(
     tensors = (dq_out, dk_out, q, k, h, dq, dk, dh, dh_more)
 
     def prepare() -> Call:
-        options = tokens_and_warps(time, width)
+        options = tokens_and_warps(time, width, BACKWARD)
         numbers = (time, heads, *(stride for tensor in tensors for stride in strides(tensor, 4)))
         return Call((batch * blocks(time, options["M"]) * heads,), numbers, {"K": width} | options)
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch, strides
-from mmrec.ops.tiles import tile_of, tokens_and_warps
+from mmrec.ops.tiles import BACKWARD, tile_of, tokens_and_warps
 
 _COLUMNS = 128  # channels of a program
 
@@ -209,7 +209,7 @@ def launch_backward(
 ) -> None:
     """Write the gradients into the given tensors, of any strides and dtypes."""
     batch, time, width = updated.shape
-    options = tokens_and_warps(time, _COLUMNS)
+    options = tokens_and_warps(time, _COLUMNS, BACKWARD)
 
     def prepare() -> Call:
         outputs = (*dupdated.stride(), *dplanned.stride(), *dfirst.stride())

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
+from mmrec.ops.sums import add_parts
 
 _ROWS = 8  # tokens of a program of the backward, whose sums over tokens leave it as one row
 _MAX_WIDTH = 65536
@@ -137,4 +138,4 @@ def launch_backward(
         return Call((programs,), numbers, {"D": width, "R": _ROWS} | _tile(width))
 
     launch(backward_kernel, (dy, dy_more, dx_more, x, weight, dx, parts), prepare, eps)
-    dweight.copy_(parts.sum(0))
+    add_parts(parts, dweight)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch
 from mmrec.ops.primitives import LOG2E
-from mmrec.ops.tiles import load_tile, store_tile, tile_of, tokens_and_warps
+from mmrec.ops.tiles import BACKWARD, load_tile, store_tile, tile_of, tokens_and_warps
 
 _COLUMNS = 128  # channels of a program
 
@@ -89,7 +89,7 @@ def launch_backward(dy: Tensor, gate_up: Tensor, dgate_up: Tensor) -> None:
     batch, time, width = dy.shape
 
     def prepare() -> Call:
-        options = tokens_and_warps(time, _COLUMNS)
+        options = tokens_and_warps(time, _COLUMNS, BACKWARD)
         grid = (batch * blocks(time, options["M"]) * blocks(width, _COLUMNS),)
         return Call(grid, (time, width, *dy.stride(), *gate_up.stride(), *dgate_up.stride()), options)
 

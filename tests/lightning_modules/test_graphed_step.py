@@ -1,0 +1,95 @@
+"""A step replayed from a CUDA graph is the step: losses, gradients, batches of other shapes, an annealed λ_P, packed documents."""
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from support import assert_same
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_modules.graphed_step import GraphedStep
+from mmrec.model import MMRecModel
+
+
+def batch(length: int, seed: int, packed: bool, device: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(50, (2, length + 1), generator=generator)
+    found = {"input_ids": tokens[:, :-1].contiguous(), "labels": tokens[:, 1:].contiguous()}
+    if packed:
+        found["reset"] = torch.rand(2, length, generator=generator) < 0.1
+    return {name: tensor.to(device) for name, tensor in found.items()}
+
+
+def of_autograd(network: MMRecModel, one: dict[str, Tensor], scale: float) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+    """Loss, layers' planning errors and gradients. In a function: a graph of autograd's that is alive, made on another stream, would
+    have its accumulation nodes reused within the capture, which CUDA refuses."""
+    with torch.autocast("cuda", torch.bfloat16):
+        truth = network.loss(one)
+    gradients = torch.autograd.grad(truth.loss * scale, list(network.parameters()), allow_unused=True)
+    return truth.loss.detach(), truth.auxiliary_by_layer.detach(), gradients
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"use_uboo": True, "orthogonalize": True}, {"activation_checkpointing": True}, {"activation_checkpointing": "selective"}],
+    ids=["plain", "planned", "recomputed", "selective"],
+)
+def test_replayed_gradients_are_those_of_autograd(micro_batches: int, fields: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 50, "model_dim": 128, "num_layers": 2, "num_heads": 2, "use_uboo": False}
+    network = MMRecModel(**sizes | fields).to("cuda")
+    step = GraphedStep(network)
+    lengths = [32, 32, 32, 48, 32, 48, 48, 32, 48]  # of a step's batches: each shape is captured once
+    for index, length in enumerate(lengths):
+        network.lambda_P = 0.1 * (index + 1)
+        batches = [batch(length, 10 * index + part, index % 4 == 0, "cuda") for part in range(micro_batches)]
+        with torch.autocast("cuda", torch.bfloat16):
+            outputs = [step.run(one, part == 0, 1 / micro_batches) for part, one in enumerate(batches)]
+        actual = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+        parameters = dict(network.named_parameters())
+        expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for one, output in zip(batches, outputs, strict=True):
+            loss, by_layer, gradients = of_autograd(network, one, 1 / micro_batches)
+            assert_same(output.loss, loss)
+            assert_same(output.auxiliary_by_layer, by_layer, limit=1e-3)
+            for name, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    expected[name] += gradient
+        assert set(actual) == {name for name, value in expected.items() if value.any()}
+        for name, gradient in actual.items():
+            assert_same(gradient, expected[name], what=name)
+        with torch.no_grad():  # what an optimiser does: in place
+            for parameter in network.parameters():
+                parameter.mul_(0.99)
+    assert len(step._captured) >= 2
+    step.close()
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+@pytest.mark.gpu
+def test_training_with_a_graph_ends_where_training_without_does(tmp_path: Path, stubs: ModuleType) -> None:
+    ends = []
+    for cuda_graph in (False, True):
+        module = stubs.make_module({"use_uboo": True}, cuda_graph=cuda_graph)
+        options = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 8, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+        trainer = stubs.make_trainer(tmp_path / str(cuda_graph), [], **options)
+        batches = [stubs.make_batch(list(range(4 * index, 4 * index + 4))) for index in range(16)]
+        trainer.fit(module, DataLoader(batches, batch_size=None))
+        assert trainer.global_step == 8
+        assert module._graphed is None
+        ends.append([p.detach().cpu() for p in module.parameters()])
+    for graphed, plain in zip(*reversed(ends), strict=True):
+        assert_same(graphed, plain)
+
+
+def test_on_a_cpu_nothing_is_captured(tmp_path: Path, stubs: ModuleType) -> None:
+    module = stubs.make_module({}, cuda_graph=True)
+    trainer = stubs.make_trainer(tmp_path, [], max_steps=2, limit_val_batches=0)
+    trainer.fit(module, DataLoader([stubs.make_batch([0, 1])] * 2, batch_size=None))
+    assert trainer.global_step == 2
+    assert module._graphed is None
