@@ -70,16 +70,17 @@ class Case:
         return case
 
 
-EAGER = {"cuda_graph": False}
+GRAPH, EAGER = {"cuda_graph": True}, {"cuda_graph": False}
 COMPILED = EAGER | {"compile_blocks": True}
 OFF, ON = {"use_uboo": False}, {"use_uboo": True}
 RECOMPUTED = OFF | {"activation_checkpointing": "selective"}  # 32,768 tokens' activations would not fit 80 GB otherwise
-_370M = Case(name="370m", what="369 M, UBÖO off, as shipped: one CUDA graph", network=OFF)
+_370M = Case(name="370m", what="369 M, UBÖO off, one CUDA graph", model=GRAPH, network=OFF)
 _1B3 = Case(
     name="1b3",
     what="1.27 B, UBÖO off, nothing recomputed, the largest B that fits",
     config="h100_1b3",
     batches=(8, 4),
+    model=GRAPH,
     network=OFF | {"activation_checkpointing": False},
 )
 _7B = Case(
