@@ -1,5 +1,8 @@
 """What is particular to one operator: strong decays, accumulation, grouped gates, head widths, steep gates."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from cases import CPU, CPU_LOW, GATED, GPU, GPU_LOW, INTERPRETED, INTERPRETED_LOW, MEMORY, Setting, gradients, in_float64, in_settings
@@ -7,10 +10,10 @@ from support import TOLERANCE, assert_same
 from tiles import small_tiles
 from torch import Tensor
 
-from mmrec.ops import exp_product_scan, gated_scan
+from mmrec.ops import exp_product_scan, gated_scan, memory_scan
 from mmrec.ops.exp_product_scan import exp_product_scan_naive
 from mmrec.ops.gated_scan.pytorch import gated_scan_gradients
-from mmrec.ops.memory_scan import memory_scan_naive
+from mmrec.ops.memory_scan import memory_scan_naive, segments
 from mmrec.ops.tuning import overridden
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -87,6 +90,56 @@ def test_the_memory_walks_and_reads_in_one_kernel(setting: Setting, time: int) -
         assert_same(actual, expected, limit=limit)
     for name in inputs:
         assert_same(grads[name], expected_grads[name], limit=MEMORY.gradient_limit(setting), what=f"gradient to {name}")
+
+
+@pytest.mark.parametrize("given", ["all", "neither state nor reset", "slices of a wider tensor", "the last state alone"])
+@in_settings([(INTERPRETED, 40), (INTERPRETED.resized(B=1), 24), (GPU, 4096), (GPU_LOW[0], 4096), (GPU_LOW[0].resized(B=1, H=2), 8192)])
+def test_segments_of_the_memory_side_by_side(setting: Setting, time: int, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Long sequences of few heads: states into and out of every segment, documents that start in some of them, views that cannot be cut."""
+    if setting is not GPU and setting.device == "cpu":
+        monkeypatch.setattr(segments, "LEAST", 6)
+    found = []
+    right = segments.count
+    monkeypatch.setattr(segments, "count", lambda *arguments: found.append(right(*arguments)) or found[-1])
+    inputs, reset = MEMORY.draw(setting, time), MEMORY.reset(setting, time, share=2 / time)
+    inputs["k"] *= setting.sizes["K"] ** -0.5
+    if given == "neither state nor reset":
+        inputs.pop("M0")
+        reset = None
+    if given == "slices of a wider tensor":
+        inputs["v"] = torch.cat([inputs["v"], inputs["v"]], dim=-1)[..., : setting.sizes["V"]]
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], values: dict[str, Tensor]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        if given != "the last state alone":
+            return gradients(function, values, reset)
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in values.items()}
+        last = function(**leaves, reset=reset)[1]
+        last.square().sum().backward()
+        return [last.detach()], {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
+
+    outputs, grads = run(MEMORY.op, inputs)
+    expected_outputs, expected_grads = run(memory_scan_by_segments, in_float64(inputs))
+    for actual, expected in zip(outputs, expected_outputs, strict=True):
+        assert_same(actual, expected, limit=max(1e-4, TOLERANCE[setting.dtype]))
+    for name in inputs:
+        assert_same(grads[name], expected_grads[name], limit=MEMORY.gradient_limit(setting), what=f"gradient to {name}")
+    assert min(found) >= 4
+
+
+def memory_scan_by_segments(**inputs: Any) -> tuple[Tensor, Tensor]:
+    """The truth; where a loop over single tokens would take minutes, the PyTorch form, which other tests hold against it."""
+    return memory_scan_naive(**inputs) if inputs["q"].shape[1] < 100 else memory_scan(**inputs)
+
+
+def test_sequences_are_cut_only_where_it_helps() -> None:
+    whole = torch.randn(2, 8192, 4, 8)
+    assert segments.count(8192, 8, (whole, None)) == 8
+    assert segments.count(8192, 64, (whole,)) == 1  # enough to do
+    assert segments.count(2048, 8, (whole[:, :2048],)) == 1  # too short
+    assert segments.count(8191, 8, (whole[:, :-1],)) == 1  # no equal parts
+    assert segments.count(4096, 8, (whole[:, :4096],)) == 1  # sequences lie apart
+    assert segments.cut(whole, 4).data_ptr() == whole.data_ptr()
+    assert torch.equal(segments.cut(whole[..., 1:3], 4), whole[..., 1:3].reshape(8, 2048, 4, 2))
 
 
 @in_settings([(CPU, 500), (INTERPRETED, 50), (GPU, 500)])
