@@ -76,6 +76,11 @@ class MMRecModel(nn.Module):
         return self.config.use_uboo
 
     @property
+    def use_hem(self) -> bool:
+        """Whether every block's projections are fused; `set_hem` converts them."""
+        return self.config.use_hem
+
+    @property
     def num_layers(self) -> int:
         """L."""
         return self.config.num_layers

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mmrec.commandline.configs import config_layers, merge
-from mmrec.commandline.plain_parser import PlainParser
+from mmrec.commandline.plain_parser import PlainParser, command_line, output_file, whole_number
 from mmrec.config import MMRecConfig
 from mmrec.measuring.machine import device
 
@@ -34,6 +34,7 @@ class Settings:
         output: the JSON file to write.
         append: whether the rows that it holds stay.
         ncu: whether to read memory traffic with NVIDIA's profiler.
+        command: the command line that asks for all this.
     """
 
     config: MMRecConfig
@@ -46,6 +47,7 @@ class Settings:
     output: Path
     append: bool = False
     ncu: bool = False
+    command: str = ""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -73,20 +75,20 @@ def build_parser(program: str, description: str, output: str) -> argparse.Argume
     """The options of both scripts; `output` is the default file."""
     parser = PlainParser(prog=f"python -m mmrec.scripts.{program}", description=description)
     parser.add_argument("--size", choices=PRESETS, help="a shipped config's network; 7b on a GPU, tiny on a CPU")
-    parser.add_argument("--model-dim", type=_positive, help="D; heads and feed-forward then follow from it unless they are given too")
-    parser.add_argument("--num-layers", type=_positive, help="L")
-    parser.add_argument("--num-heads", type=_positive, help="H, heads of the long-term memory")
-    parser.add_argument("--pe-dim", type=_positive, help="P, width of the path that says when the short-term memory writes")
-    parser.add_argument("--ffn-dim", type=_positive, help="F, hidden width of the feed-forward")
-    parser.add_argument("--vocab-size", type=_positive, help="tokens of the vocabulary")
-    parser.add_argument("--batch", type=_positive, help="B, sequences; 4 on a GPU, 2 on a CPU")
-    parser.add_argument("--seq-len", type=_positive, help="T, tokens a sequence; 2048 on a GPU, 128 on a CPU")
+    parser.add_argument("--model-dim", type=whole_number, help="D; heads and feed-forward then follow from it unless they are given too")
+    parser.add_argument("--num-layers", type=whole_number, help="L")
+    parser.add_argument("--num-heads", type=whole_number, help="H, heads of the long-term memory")
+    parser.add_argument("--pe-dim", type=whole_number, help="P, width of the path that says when the short-term memory writes")
+    parser.add_argument("--ffn-dim", type=whole_number, help="F, hidden width of the feed-forward")
+    parser.add_argument("--vocab-size", type=whole_number, help="tokens of the vocabulary")
+    parser.add_argument("--batch", type=whole_number, help="B, sequences; 4 on a GPU, 2 on a CPU")
+    parser.add_argument("--seq-len", type=whole_number, help="T, tokens a sequence; 2048 on a GPU, 128 on a CPU")
     parser.add_argument("--precision", choices=DTYPES, help="of the weights; bf16 on a GPU, fp32 on a CPU")
     parser.add_argument("--uboo", action=argparse.BooleanOptionalAction, default=False, help="compute the planning errors too")
     parser.add_argument("--device", type=_device, help="cpu, cuda or cuda:N; a GPU where there is one")
-    parser.add_argument("--repeat", type=_positive, default=3, help="rounds; a figure is their median")
+    parser.add_argument("--repeat", type=whole_number, default=3, help="rounds; a figure is their median")
     parser.add_argument("--only", choices=PARTS, help="time one part alone: forward is that of the whole network")
-    parser.add_argument("--output", type=Path, default=Path(output), help="the JSON file to write (default: %(default)s)")
+    parser.add_argument("--output", type=output_file, default=Path(output), help="the JSON file to write (default: %(default)s)")
     parser.add_argument("--append", action="store_true", help="keep the rows that the file holds already: several sizes in one file")
     return parser
 
@@ -116,14 +118,8 @@ def read_settings(parser: argparse.ArgumentParser, arguments: Sequence[str] | No
         output=options.output,
         append=options.append,
         ncu=getattr(options, "ncu", False),
+        command=command_line(parser.prog, arguments),
     )
-
-
-def _positive(text: str) -> int:
-    number = int(text) if text.isascii() and text.isdigit() else 0
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least 1")
-    return number
 
 
 def _device(name: str) -> torch.device:

@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
         self.settings = settings
-        self.place = machine(settings.where)
+        self.place = machine(settings.where) | {"command": settings.command}
         self.rows: list[Row] = []
         self._earlier = read_rows(settings.output) if settings.append and settings.output.exists() else []
         self._progress = progress
@@ -98,6 +98,7 @@ def run_benchmark(settings: Settings, measure: Callable[[Run], None], table: Cal
             smaller = int(_ROOM * needed_bytes(settings))
             raise BadInputError(too_large(settings, f"ran out of the memory of {where}", smaller)) from error
     show(table(run.rows))
+    _say_why_uncounted(run)
     code = _verdict(run)
     print(settings.output)
     return code
@@ -116,6 +117,13 @@ def _heading(run: Run) -> str:
     sizes = f"{widths}, L {config.num_layers}, V {config.vocab_size}; B {settings.batch}, T {settings.seq_len}"
     uboo = "on" if config.use_uboo else "off"
     return f"{machine_line}\n{sizes}; {settings.precision}, UBÖO {uboo}; {settings.repeat} rounds"
+
+
+def _say_why_uncounted(run: Run) -> None:
+    """Print why ncu, though asked for, counted nothing."""
+    forwards = [row for row in run.rows if row["what"] == "block" and row["direction"] == "fwd"]
+    for reason in sorted({row["bytes_ncu_reason"] for row in forwards if row.get("bytes_ncu_reason")} if run.settings.ncu else ()):
+        print(f"no bytes by ncu: {reason}")
 
 
 def _verdict(run: Run) -> int:

@@ -22,8 +22,8 @@ def rows_table(rows: Sequence[Row]) -> Sheet:
         )  # fmt: skip
         lines.append(cells)
     titles = ("ms", "fastest … slowest", "products, ms", "× products", "tokens/s", "peak MiB", "launches", "MB", "timed")
-    title = "Medians of rounds; products: the same matrix products alone, back to back; MB: of the projections, by arithmetic"
-    return Sheet(title, ("what", "direction", "HEM"), titles, lines)
+    note = "Medians of rounds; products: the same matrix products alone, back to back; MB: of the projections, by arithmetic"
+    return Sheet("The network as it is", ("what", "direction", "HEM"), titles, lines, caption=note)
 
 
 def hem_table(rows: Sequence[Row]) -> Sheet:
@@ -35,15 +35,16 @@ def hem_table(rows: Sequence[Row]) -> Sheet:
         other = on.get((row["what"].removesuffix(FUSED_REST), row["direction"]))
         if row["hem"] or other is None:
             continue
-        name = f"{row['what']} {row['direction']}"
+        rest = "passes fused either way" if row["what"].endswith(FUSED_REST) else "off with eager passes"
+        lines.append((f"{row['what'].removesuffix(FUSED_REST)} {row['direction']}, {rest}",))
         metrics: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
             ("ms", ".3f", lambda r: r["ms"]),
-            ("matrix products alone, ms", ".3f", lambda r: r["gemm_only_ms"]),
-            ("of its matrix products", ".2f", lambda r: r["of_gemm_only"]),
+            ("products alone, ms", ".3f", lambda r: r["gemm_only_ms"]),
+            ("× its products", ".2f", lambda r: r["of_gemm_only"]),
             ("tokens/s", ",.0f", lambda r: r["tokens_per_s"]),
-            ("projection launches, forward", "d", lambda r: r["launches"]),
-            ("MB of projections, by arithmetic", ",.2f", lambda r: r["bytes"] / 1e6),
-            ("MB of projections, ncu", ",.2f", lambda r: r["bytes_ncu"] and r["bytes_ncu"] / 1e6),
+            ("projection launches", "d", lambda r: r["launches"]),
+            ("projections, MB", ",.2f", lambda r: r["bytes"] / 1e6),
+            ("projections, MB by ncu", ",.2f", lambda r: r["bytes_ncu"] and r["bytes_ncu"] / 1e6),
             ("peak MiB", ",.0f", lambda r: r["peak_mib"]),
         )
         for metric, form, value in metrics:
@@ -51,12 +52,12 @@ def hem_table(rows: Sequence[Row]) -> Sheet:
             if before is None and after is None:
                 continue
             change = "–" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
-            lines.append((f"{name}: {metric}", _number(before, form), _number(after, form), change))
+            lines.append((f"  {metric}", _number(before, form), _number(after, form), change))
             if metric == "ms":
-                lines.append((f"{name}: fastest … slowest round, ms", _spread(row), _spread(other), ""))
+                lines.append(("  fastest … slowest round", _spread(row), _spread(other), ""))
         ends.append(len(lines) - 1)
-    title = "HEM: six projections and an eager rest (or, where named so, a fused one), one projection, and the change"
-    return Sheet(title, ("metric",), ("off", "on", "change"), lines, ends)
+    note = "Off: six projections; on: one. Products: the same matrix products alone. MB by arithmetic unless by ncu; launches of a forward."
+    return Sheet("HEM off and on", ("metric",), ("off", "on", "change"), lines, ends, note)
 
 
 def _spread(row: Row) -> str:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from mmrec.blocks.hem import FusedProjections, SeparateProjections
+from mmrec.commandline.plain_parser import PlainParser
 from mmrec.scripts.benchmark_options import DTYPES, Settings
 from mmrec.scripts.hem_parity import built_on
 
@@ -78,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what follows the program's name; None: `sys.argv`.
     """
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = PlainParser(description=__doc__)
     for name in ("--model-dim", "--pe-dim", "--tokens"):
         parser.add_argument(name, type=int, required=True)
     parser.add_argument("--precision", choices=DTYPES, required=True)

@@ -155,9 +155,9 @@ def rows_of(settings: Settings, place: Row, subjects: Sequence[Subject], advance
     for direction in (name for name in DIRECTIONS if name in subjects[0].calls):
         calls: dict[Any, Call] = {}
         for subject in subjects:
-            label = f"{subject.what} {direction}, HEM {'on' if subject.hem else 'off'}"
+            label = f"{subject.what.replace(FUSED_REST, ', fused')} {direction}, {'HEM' if subject.hem else 'six'}"
             calls[label] = subject.calls[direction]
-            calls[f"{label}, matrix products alone"] = products_call(subject.products, direction)
+            calls[f"{label}: products"] = products_call(subject.products, direction)
         timed = list(in_turn(calls, settings, advance).values())
         for index, subject in enumerate(subjects):
             rows.append(_row(settings, place, subject, direction, timed[2 * index], timed[2 * index + 1].clocked.ms))
