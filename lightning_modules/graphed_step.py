@@ -42,7 +42,9 @@ class GraphedStep:
         self._seen: dict[Any, int] = {}
         self._gradients: dict[Tensor, Tensor] = {}  # by parameter, in the graphs' memory
         self._pool: Any = None
-        self._lambda_P = torch.tensor(network.lambda_P, device=network.embedding.weight.device)
+        weight = network.embedding.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self._lambda_P = torch.tensor(network.lambda_P, dtype=wide, device=weight.device)
 
     def run(self, batch: Mapping[str, Tensor], first: bool, scale: float) -> LossOutput:
         """The losses of a micro-batch, detached; `scale` times its gradients are in `.grad`.

@@ -377,12 +377,13 @@ class MMRecLightningModule(LightningModule):
         self._update_tokens_seen()
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY]["network"] = asdict(self.network.config)
         checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["optimizer_states"] = [plain_state(state) for state in checkpoint.get("optimizer_states", [])]
+        if "optimizer_states" in checkpoint:  # weights alone otherwise
+            checkpoint["optimizer_states"] = [plain_state(state) for state in checkpoint["optimizer_states"]]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the parameters of another network, or moments of another optimiser, in one line; take up the count of tokens."""
         check_checkpoint_shapes(checkpoint, self, asdict(self.config))
-        if self._trainer is not None and self._trainer.state.fn == "fit":
+        if self._trainer is not None and self._trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
             check_saved_optimizer(checkpoint, self.hparams["optimizer"])
             if self.hparams["optimizer"] == "adamw_8bit":
                 checkpoint["optimizer_states"] = [whole_state(state) for state in checkpoint["optimizer_states"]]

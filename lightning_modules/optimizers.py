@@ -85,7 +85,7 @@ def whole_state(state: Mapping[str, Any]) -> dict[str, Any]:
 def check_saved_optimizer(checkpoint: Mapping[str, Any], name: str) -> None:
     """Raise ValueError where a checkpoint's moments are of a kind that this run's optimiser cannot go on with."""
     saved = checkpoint.get("hyper_parameters", {}).get("optimizer", "adamw")
-    if saved != name and "adamw_8bit" in (saved, name):
+    if saved != name:
         raise ValueError(f"the checkpoint's optimiser is {saved}, this run's {name}; resume with model.optimizer={saved}")
 
 

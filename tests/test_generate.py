@@ -1,5 +1,9 @@
 """Decoding: one state of constant size, filters that keep what they should, the same tokens for the same seed."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from support import assert_same
@@ -118,3 +122,18 @@ def test_bad_settings_are_refused(options: dict, message: str) -> None:
 def test_bad_prompts_are_refused(model: MMRecModel, prompt: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         tokens(model, prompt)
+
+
+def test_neither_the_network_nor_decoding_needs_triton_on_a_cpu() -> None:
+    """Triton exists on Linux alone."""
+    script = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from mmrec.generate import Sampling, generate\n"
+        "from mmrec.model import MMRecModel\n"
+        "model = MMRecModel(vocab_size=9, model_dim=16, num_layers=1, num_heads=2)\n"
+        "model.loss({'input_ids': model.embedding.weight.new_zeros(1, 4).long(), 'labels': model.embedding.weight.new_zeros(1, 4).long()})"
+        ".loss.backward()\n"
+        "print(len(list(generate(model.eval(), [1, 2], Sampling(max_new_tokens=3)))))\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    assert (answer.stdout, answer.returncode) == ("3\n", 0), answer.stderr

@@ -16,8 +16,8 @@ from mmrec.core import uboo
 from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN
 from mmrec.core.mdi import GateWeights
 from mmrec.ops import decay_log, gated_read_out, gated_scan, memory_address, memory_scan
+from mmrec.ops.column_sum import column_sum
 from mmrec.ops.registration import refuse_second_order
-from mmrec.ops.sums import column_sum
 
 _ops = torch.ops.mmrec
 _PARTS = 6

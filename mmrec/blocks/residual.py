@@ -31,13 +31,17 @@ def add_linear(stream: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
         x: (B, T, K).
         linear: K → D without bias. One that is not plain (quantised, hooked or wrapped by a library) is called as a module.
     """
-    if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
-        return stream + linear(x)
-    return add_product(stream, x, linear.weight)
+    return add_product(stream, x, linear.weight) if is_plain(linear) else stream + linear(x)
+
+
+def is_plain(linear: nn.Linear) -> bool:
+    """Whether nothing is lost where its weight is used without calling it: no subclass of a library's, no hooks."""
+    hooks = (linear._forward_hooks, linear._forward_pre_hooks, linear._backward_hooks, linear._backward_pre_hooks)
+    return type(linear) is nn.Linear and not any(hooks)
 
 
 def add_product(stream: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """`stream + x weightᵀ`, (B, T, D), for a weight (D, K); on a GPU within the product, which reads the stream as it writes its output."""
-    if not stream.is_cuda:
+    if not stream.is_cuda or stream.dtype != x.dtype:  # autocast would round a wider stream within the product
         return stream + F.linear(x, weight)
     return torch.addmm(stream.flatten(0, 1), x.flatten(0, 1), weight.t()).view(stream.shape)

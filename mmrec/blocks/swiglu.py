@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrec.blocks.residual import add_linear, add_product
+from mmrec.blocks.residual import add_linear, add_product, is_plain
 from mmrec.ops import swiglu
 from mmrec.ops.registration import refuse_second_order
 
@@ -28,7 +28,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor, stream: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D), added to the residual `stream`."""
         gate_up = self.W_gate_up(x)
-        if self.recompute and type(self.W_down) is nn.Linear:
+        if self.recompute and is_plain(self.W_down):
             out: Tensor = _GatedDown.apply(stream, gate_up, self.W_down.weight.to(gate_up.dtype))
             return out
         return add_linear(stream, swiglu(gate_up), self.W_down)

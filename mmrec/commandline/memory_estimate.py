@@ -91,6 +91,6 @@ def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:
     block = tokens * (channel * config.model_dim + ffn_channel * config.ffn_width)
     inputs = tokens * config.model_dim * (2 if bf16 else 4)
     if config.activation_checkpointing == "selective":  # three tensors of D numbers, one of them in fp32, and one of F
-        block -= tokens * (8 * config.model_dim + 2 * config.ffn_width) * (1 if bf16 else 2)
+        block -= tokens * ((8 if bf16 else 12) * config.model_dim + (2 if bf16 else 4) * config.ffn_width)
     layers = config.num_layers * inputs + block if config.activation_checkpointing is True else config.num_layers * block
     return layers + 2 * min(tokens, config.loss_chunk_size) * config.vocab_size * 4

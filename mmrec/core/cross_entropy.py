@@ -86,7 +86,7 @@ def _forward(
             if with_dweight:
                 dweight = _add_product(dweight, logits.t(), rows[chunk])
             del logits  # before the next chunk's are made
-        gradient = dweight.to(weight.dtype) if dweight is not None else weight.new_empty(weight.shape if with_dweight else 0)
+        gradient = dweight.to(weight.dtype) if dweight is not None else weight.new_zeros(weight.shape if with_dweight else 0)
         return losses.sum(), dhidden, gradient
 
 

@@ -98,7 +98,10 @@ class MDI(nn.Module):
         bias.copy_(torch.logit(gamma))
 
     def gates(self, dtype: torch.dtype) -> tuple[GateWeights, GateWeights | None]:
-        """The weights of `forward` for `blocks.mixer.mix`: the decay's and the context's, DPG's and None; products in `dtype`."""
+        """The weights of `forward` for `blocks.mixer.mix`: the decay's and the context's, DPG's and None; products in `dtype`.
+
+        The `nn.Linear` modules are not called by it: their hooks do not run.
+        """
 
         def weights(inner: nn.Linear, outer: nn.Linear, bias: DecayBias) -> GateWeights:
             return GateWeights(inner.weight.to(dtype), inner.bias.to(dtype), outer.weight.to(dtype), bias.bias)

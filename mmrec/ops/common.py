@@ -1,4 +1,4 @@
-"""What the four operators share: state dtype, input checks, and the two sequential recurrences of the PyTorch forms."""
+"""What the operators share: state dtype, input checks, and the two sequential recurrences of the PyTorch forms."""
 
 import torch
 from torch import Tensor

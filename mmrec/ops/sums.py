@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch
-from mmrec.ops.registration import runs_kernel
 
 _COLUMNS, _ROWS = 16, 128  # of a tile that a program adds up at a time; few columns, so that there are many programs
 _STRIPE, _TOKENS = 128, 256  # of the first stage of `column_sum`
@@ -68,10 +67,8 @@ def add_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> Non
             target.copy_(values)
 
 
-def column_sum(x: Tensor) -> Tensor:
-    """Sums (C,) of a matrix (N, C) over its rows, in its dtype, added up in fp32: the gradient of a bias."""
-    if not runs_kernel(x, torch.promote_types(x.dtype, torch.float32)) or x.stride(1) != 1:
-        return x.sum(0)
+def launch_column_sum(x: Tensor) -> Tensor:
+    """Sums (C,) of a matrix (N, C) with adjacent columns over its rows, in its dtype, added up in fp32."""
     rows, width = x.shape
     parts = torch.empty((blocks(rows, _TOKENS), width), dtype=torch.float32, device=x.device)
 

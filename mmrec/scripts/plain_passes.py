@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from mmrec.blocks import composition, mm_rec_block, residual, swiglu
 from mmrec.blocks.mm_rec_block import MMRecBlock
-from mmrec.core import decay, mdi
+from mmrec.core import decay, mdi, uboo
 from mmrec.ops.decay_log import decay_log_naive
 from mmrec.ops.gated_read_out import gated_read_out_naive
 from mmrec.ops.head_decay import head_decay_naive
 from mmrec.ops.memory_address import l2norm
+from mmrec.ops.planning_error import planning_error_naive
 
 
 def _decay_log(
@@ -61,6 +62,8 @@ def plain_passes() -> Iterator[None]:
         (residual, "rms_norm_branch", _rms_norm_branch),
         (mm_rec_block, "add_linear", _add_linear),
         (swiglu, "add_linear", _add_linear),
+        (swiglu, "is_plain", lambda linear: False),  # nothing is recomputed in a function of its own
+        (uboo, "planning_error", planning_error_naive),
         (swiglu, "swiglu", _swiglu),
     )
     with ExitStack() as stack:

@@ -92,6 +92,21 @@ def test_the_backward_concatenates_nothing() -> None:
     assert "cat" not in recorded.names
 
 
+@pytest.mark.parametrize("checkpointing", [False, "selective"])
+def test_a_hook_on_a_last_product_runs(checkpointing: Any) -> None:
+    block = make_block(use_uboo=False, activation_checkpointing=checkpointing)
+    x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
+    calls: list[str] = []
+    for name in ("W_o", "ffn.W_down"):
+        linear = block.get_submodule(name)
+        handles = [linear.register_forward_hook(lambda *_, name=name: calls.append(name))]
+        handles.append(linear.register_full_backward_hook(lambda *_, name=name: calls.append(f"{name} backward")))
+        block(x).sum().backward()
+        for handle in handles:
+            handle.remove()
+    assert calls == ["W_o", "W_o backward", "ffn.W_down", "ffn.W_down backward"]
+
+
 def test_no_second_derivative_is_made_up() -> None:
     block = make_block(use_uboo=False)
     x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
@@ -102,7 +117,7 @@ def test_no_second_derivative_is_made_up() -> None:
 
 @pytest.mark.gpu
 def test_forward_and_backward_copy_nothing_on_a_gpu() -> None:
-    """bf16 throughout: under autocast the weights are cast. Small sums of fp32 rows are all that torch itself adds to the operators."""
+    """bf16 throughout: under autocast the weights are cast."""
     block = MMRecBlock(model_dim=512, num_heads=4, pe_dim=128, use_uboo=False).to("cuda", torch.bfloat16)
     x = torch.randn(2, 256, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     dy = torch.randn_like(x)

@@ -61,7 +61,9 @@ def test_moments_in_bf16_need_bf16_parameters() -> None:
         check_precision("adamw_bf16", "bf16-mixed")
 
 
-@pytest.mark.parametrize(("saved", "own"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw"), ("adamw_8bit", "adamw_bf16")])
+@pytest.mark.parametrize(
+    ("saved", "own"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw"), ("adamw", "adamw_bf16"), ("adamw_bf16", "adamw")]
+)
 def test_moments_of_another_kind_are_refused(saved: str, own: str) -> None:
     with pytest.raises(ValueError, match=f"optimiser is {saved}, this run's {own}; resume with model.optimizer={saved}"):
         check_saved_optimizer({"hyper_parameters": {"optimizer": saved}}, own)

@@ -49,18 +49,19 @@ def test_the_network_calls_its_operators(
         forward = list(recorded.names)
         logits.square().mean().backward()
     assert forward == [*expected * 2, "rms_norm"]
-    backward = [name.replace("_bwd_out", "_bwd") for name in recorded.names[len(forward) :]]
+    recorded_names = [name for name in recorded.names if name != "column_sum"]  # of the gates' biases
+    backward = [name.replace("_bwd_out", "_bwd") for name in recorded_names[len(forward) :]]
     assert backward[0] == "rms_norm_bwd"
     order = [f"{name}_bwd" for name in reversed(expected * 2)]
     # Which of the norm's two readers comes first is up to autograd.
     assert [name for name in backward[1:] if name != "head_decay_bwd"] == [name for name in order if name != "head_decay_bwd"]
     assert backward.count("head_decay_bwd") == 2
-    names = [name.replace("_bwd_out", "_bwd") for name in recorded.names]
+    names = [name.replace("_bwd_out", "_bwd") for name in recorded_names]
     assert launched == (names if setting in (INTERPRETED, GPU) else [])
 
 
 @calls
-@in_settings([(CPU_LOW[0], 9), (GPU, 130)])
+@in_settings([(CPU_LOW[0], 9), (INTERPRETED, 9), (GPU, 130)])
 def test_a_compiled_block_has_no_graph_break(setting: Setting, time: int, state_gate: bool, carried: bool, expected: list[str]) -> None:
     block, x, state = block_and_inputs(setting, state_gate, carried, time)
     reset = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
@@ -98,4 +99,5 @@ def test_a_compiled_block_sees_an_operator_as_one_node(
     torch._dynamo.reset()
     torch.compile(block, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)(x, state=state).sum().backward()
     assert sorted(graphs[0]) == sorted(expected)
-    assert sorted(name.replace("_bwd_out", "_bwd") for name in graphs[1]) == sorted(f"{name}_bwd" for name in expected)
+    backward = [name.replace("_bwd_out", "_bwd") for name in graphs[1] if name != "column_sum"]
+    assert sorted(backward) == sorted(f"{name}_bwd" for name in expected)

@@ -234,6 +234,17 @@ def test_kernels_compile(one: Pass, width: int, architecture: int, monkeypatch: 
         assert shared <= SHARED_MEMORY[architecture]
 
 
+@pytest.mark.parametrize("heads", [1, 32, 128, 512])
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_any_number_of_heads_fits(heads: int, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(head_kernels, "launch", lambda kernel, tensors, prepare: found.append((kernel, tensors, prepare())))
+    w_alpha, gate = torch.empty(heads, 4096), torch.empty(heads)
+    head_kernels.launch_forward(torch.empty(1, 2048, 4096, dtype=torch.bfloat16), w_alpha, gate, gate)
+    ((kernel, tensors, call),) = found
+    assert compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named).metadata.shared <= SHARED_MEMORY[architecture]
+
+
 @in_settings([(CPU_LOW[0], 3), (INTERPRETED, 3), (GPU, 3)])
 def test_log_decays_keep_their_digits(setting: Setting, time: int) -> None:
     """From 1e-6 a token to one part in a million a token, and without a context."""

@@ -14,11 +14,11 @@ def head_decay(x: Tensor, w_alpha: Tensor, A_log: Tensor, dt_bias: Tensor) -> Te
 
     Args:
         x: (B, T, D), any float dtype and strides.
-        w_alpha: (H, D), fp32 or wider; in the kernels a product of bf16 numbers keeps 16 bits of it.
+        w_alpha: (H, D), fp32, or float64 beside a float64 `x`; in the kernels a product of bf16 numbers keeps 16 bits of it.
         A_log, dt_bias: (H,), fp32 or wider.
 
     Returns:
-        (B, T, H), contiguous, fp32 (float64 for a float64 input).
+        (B, T, H), contiguous, in the dtype of `w_alpha`.
 
     Raises:
         ValueError: for T = 0 or a wrong shape.

@@ -114,7 +114,9 @@ def launch_forward(x: Tensor, w_alpha: Tensor, A_log: Tensor, dt_bias: Tensor) -
     def prepare() -> Call:
         numbers = (time, batch * time, *x.stride(), *w_alpha.stride())
         split = x.dtype != torch.float32 and w_alpha.dtype == torch.float32 and not INTERPRETED  # it computes bf16 as integers
-        tile = {"M": _TOKENS, "BH": _heads(heads), "BK": _CHANNELS, "SPLIT": split, "STAGES": _STAGES}
+        columns = _heads(heads)
+        # Many heads: fewer channels at a time, so that the stages fit the shared memory.
+        tile = {"M": _TOKENS, "BH": columns, "BK": max(16, min(_CHANNELS, 8192 // columns)), "SPLIT": split, "STAGES": _STAGES}
         return Call((blocks(batch * time, _TOKENS),), numbers, {"H": heads, "D": width} | tile | {"num_warps": 4})
 
     launch(forward_kernel, (x, w_alpha, A_log.contiguous(), dt_bias.contiguous(), log_alpha, logits), prepare)
