@@ -10,7 +10,7 @@ from kernel_tools import SHARED_MEMORY, compiled_for
 
 from mmrec.ops import sums
 from mmrec.ops.launching import Call
-from mmrec.ops.memory_scan import segments
+from mmrec.ops.memory_scan import chaining
 
 Launched = tuple[Any, tuple[torch.Tensor | None, ...], Call]
 
@@ -22,7 +22,7 @@ def launches(case: Case, dtype: torch.dtype, sizes: dict[str, int], full: bool, 
     monkeypatch.setattr(importlib.import_module(f"{folder}.operator"), "runs_kernel", lambda *_: True)
     launchers = importlib.import_module(f"{folder}.{LAUNCHERS.get(case.name, 'kernels')}")
     monkeypatch.setattr(launchers, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
-    monkeypatch.setattr(segments, "launch", launchers.launch)
+    monkeypatch.setattr(chaining, "launch", launchers.launch)
     monkeypatch.setattr(sums, "launch", lambda *_: None)
     inputs = {}
     for name, letters in case.shapes.items():

@@ -10,10 +10,11 @@ from support import TOLERANCE, assert_same
 from tiles import small_tiles
 from torch import Tensor
 
-from mmrec.ops import exp_product_scan, gated_scan, memory_scan
+from mmrec.ops import exp_product_scan, gated_scan, memory_scan, segments
 from mmrec.ops.exp_product_scan import exp_product_scan_naive
+from mmrec.ops.gated_scan import kernels as gated_kernels
 from mmrec.ops.gated_scan.pytorch import gated_scan_gradients
-from mmrec.ops.memory_scan import memory_scan_naive, segments
+from mmrec.ops.memory_scan import chaining, memory_scan_naive
 from mmrec.ops.tuning import overridden
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -99,8 +100,8 @@ def test_segments_of_the_memory_side_by_side(setting: Setting, time: int, given:
     if setting is not GPU and setting.device == "cpu":
         monkeypatch.setattr(segments, "LEAST", 6)
     found = []
-    right = segments.count
-    monkeypatch.setattr(segments, "count", lambda *arguments: found.append(right(*arguments)) or found[-1])
+    right = chaining.count
+    monkeypatch.setattr(chaining, "count", lambda *arguments: found.append(right(*arguments)) or found[-1])
     inputs, reset = MEMORY.draw(setting, time), MEMORY.reset(setting, time, share=2 / time)
     inputs["k"] *= setting.sizes["K"] ** -0.5
     if given == "neither state nor reset":
@@ -131,13 +132,49 @@ def memory_scan_by_segments(**inputs: Any) -> tuple[Tensor, Tensor]:
     return memory_scan_naive(**inputs) if inputs["q"].shape[1] < 100 else memory_scan(**inputs)
 
 
+@pytest.mark.parametrize("given", ["all", "neither state nor reset", "the last state alone"])
+@pytest.mark.parametrize("groups", [1, 3])
+@in_settings([(INTERPRETED, 40), (INTERPRETED.resized(B=1), 36), (GPU.resized(B=1, D=96), 8192), (GPU_LOW[0].resized(D=96), 4096)])
+def test_segments_of_the_adjoint_side_by_side(
+    setting: Setting, time: int, groups: int, given: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long sequences of few channels, backward: adjoints handed from segment to segment, documents that start in some of them."""
+    if setting.device == "cpu":
+        monkeypatch.setattr(segments, "LEAST", 9)
+    monkeypatch.setattr(gated_kernels, "WORTH", 4)
+    found = []
+    monkeypatch.setattr(gated_kernels, "count", lambda *arguments: found.append(segments.count(*arguments)) or found[-1])
+    setting = setting.resized(P=setting.sizes["D"] // groups)
+    inputs, reset = GATED.draw(setting, time, "near 1"), GATED.reset(setting, time, share=2 / time)
+    if given == "neither state nor reset":
+        inputs.pop("h0")
+        reset = None
+
+    def run(function: Callable[..., tuple[Tensor, Tensor]], values: dict[str, Tensor]) -> dict[str, Tensor]:
+        leaves = {name: tensor.clone().requires_grad_() for name, tensor in values.items()}
+        h, last = function(**leaves, reset=reset)
+        loss = last.square().sum() + (
+            0.0 if given == "the last state alone" else (h.double() * torch.arange(h.shape[1]).to(h).view(-1, 1)).sum()
+        )
+        loss.backward()
+        return {name: torch.zeros_like(t) if t.grad is None else t.grad for name, t in leaves.items()}
+
+    actual = run(gated_scan, inputs)
+    assert found[-1] >= 4
+    expected = run(gated_scan, in_float64(inputs))
+    for name in inputs:
+        assert_same(
+            actual[name], expected[name], limit=10 * TOLERANCE[setting.dtype] if setting.dtype == torch.float32 else 2e-2, what=name
+        )
+
+
 def test_sequences_are_cut_only_where_it_helps() -> None:
     whole = torch.randn(2, 8192, 4, 8)
-    assert segments.count(8192, 8, (whole, None)) == 8
-    assert segments.count(8192, 64, (whole,)) == 1  # enough to do
-    assert segments.count(2048, 8, (whole[:, :2048],)) == 1  # too short
-    assert segments.count(8191, 8, (whole[:, :-1],)) == 1  # no equal parts
-    assert segments.count(4096, 8, (whole[:, :4096],)) == 1  # sequences lie apart
+    assert segments.count(8192, 8, 128, 4, (whole, None)) == 8
+    assert segments.count(8192, 64, 128, 4, (whole,)) == 1  # enough to do
+    assert segments.count(2048, 8, 128, 4, (whole[:, :2048],)) == 1  # too short
+    assert segments.count(8191, 8, 128, 4, (whole[:, :-1],)) == 1  # no equal parts
+    assert segments.count(4096, 8, 128, 4, (whole[:, :4096],)) == 1  # sequences lie apart
     assert segments.cut(whole, 4).data_ptr() == whole.data_ptr()
     assert torch.equal(segments.cut(whole[..., 1:3], 4), whole[..., 1:3].reshape(8, 2048, 4, 2))
 

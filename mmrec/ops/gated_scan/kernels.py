@@ -10,8 +10,13 @@ from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
 from mmrec.ops.gated_scan.kernels_newton import newton_kernel
 from mmrec.ops.launching import Call, blocks, check_row_strides, launch, strides
 from mmrec.ops.registration import INTERPRETED
+from mmrec.ops.segments import count, cut
 from mmrec.ops.sums import add_parts
 from mmrec.ops.tuning import channel_class, launch_options
+
+# Channels of all sequences that fill a GPU, and segments below which the backward of a long sequence is not cut: its maps read 12 of the 20
+# bytes once more that it moves.
+CHANNELS, WORTH = 16384, 16
 
 
 def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,33 +96,89 @@ def launch_backward(
 ) -> None:
     """Write the gradients into the given tensors, of any strides; `dw_g` and a grouped `dp` are summed in two fixed stages."""
     batch, time, channels = z.shape
-    options = launch_options("gated_scan.backward", channel_class(batch, channels), z.device)
     group = channels // p.shape[-1]
+    segments = count(time, batch * channels, CHANNELS, WORTH, (dh, h, z, p, log_gamma, dz, dp, dlog_gamma, reset))
     # The kernel sums what lies in one stripe, which a power of two does; the rest is summed from fp32 partial sums.
+    options = launch_options("gated_scan.backward", channel_class(batch * segments, channels), z.device)
     summed = min(group, options["BD"]) if group & (group - 1) == 0 else 1
     in_kernel = summed == group
     dp_parts = dp if in_kernel else torch.empty((batch, time, channels // summed), dtype=torch.float32, device=z.device)
-    dw_g_parts = torch.empty((batch, channels), dtype=torch.float32, device=z.device)
+    long = (dh, h, z, p, log_gamma, dz, dp_parts, dlog_gamma)
+    states = (dh_last, h0, dh0)
+    if segments > 1:
+        before = states_before(h, h0, segments)
+        long = tuple(cut(tensor, segments) for tensor in long)
+        reset = None if reset is None else cut(reset, segments)
+        offsets, products = (torch.empty(before.shape, dtype=torch.float32, device=z.device) for _ in range(2))
+        _backward(long, w_g, reset, (None, before, offsets), products, products, group, summed)
+        after = chained(offsets, products, dh_last, dh0, segments)
+        states = (after, before, torch.empty_like(before))
+    dw_g_parts = torch.empty((batch * segments, channels), dtype=torch.float32, device=z.device)
+    _backward(long, w_g, reset, states, dw_g_parts, None, group, summed)
+    if not in_kernel:
+        dp.copy_(dp_parts.unflatten(-1, (p.shape[-1], -1)).sum(-1))
+    add_parts(dw_g_parts, dw_g)
+
+
+def _backward(
+    long: tuple[Tensor, ...],
+    w_g: Tensor,
+    reset: Tensor | None,
+    states: tuple[Tensor | None, Tensor | None, Tensor],
+    dw_g_parts: Tensor,
+    products: Tensor | None,
+    group: int,
+    summed: int,
+) -> None:
+    """One launch; with `products` only the map from the adjoint behind the last token to the one before the first."""
+    dh, h, z, p, log_gamma, dz, dp_parts, dlog_gamma = long
+    dh_last, h0, dh0 = states
+    batch, time, channels = z.shape
+    options = launch_options("gated_scan.backward", channel_class(batch, channels), z.device)
 
     def prepare() -> Call:
-        check_row_strides("gated_scan", options["R"] * options["G"], dh, h, z, p, log_gamma, dz, dp_parts, dlog_gamma)
+        check_row_strides("gated_scan", options["R"] * options["G"], *long)
         inputs = (*dh.stride(), *h.stride(), *z.stride(), *p.stride(), *log_gamma.stride(), w_g.stride(0))
-        states = (*strides(dh_last, 2), *strides(h0, 2), *strides(reset, 2))
+        carried = (*strides(dh_last, 2), *strides(h0, 2), *strides(reset, 2))
         outputs = (*dz.stride(), *dp_parts.stride(), *dlog_gamma.stride(), *dh0.stride())
         flags = {
             "SUMMED": summed,
             "HAS_DH_LAST": dh_last is not None,
             "HAS_H0": h0 is not None,
             "HAS_RESET": reset is not None,
+            "SUMMARY": products is not None,
             "INTERPRETED": INTERPRETED,
         }
-        return Call((batch * blocks(channels, options["BD"]),), (time, channels, group, *inputs, *states, *outputs), flags | options)
+        return Call((batch * blocks(channels, options["BD"]),), (time, channels, group, *inputs, *carried, *outputs), flags | options)
 
     launch(
         backward_kernel,
-        (dh, dh_last, h, z, p, log_gamma, w_g, h0, reset, dz, dp_parts, dlog_gamma, dw_g_parts, dh0),
+        (dh, dh_last, h, z, p, log_gamma, w_g, h0, reset, dz, dp_parts, dlog_gamma, dw_g_parts, dh0, products),
         prepare,
+        summed,
     )
-    if not in_kernel:
-        dp.copy_(dp_parts.unflatten(-1, (p.shape[-1], -1)).sum(-1))
-    add_parts(dw_g_parts, dw_g)
+
+
+def states_before(h: Tensor, h0: Tensor | None, segments: int) -> Tensor:
+    """The state that enters each segment, (B · S, D) fp32: as the whole sequence's backward would read it, from `h`."""
+    last = h[:, h.shape[1] // segments - 1 :: h.shape[1] // segments].float()
+    first = torch.zeros_like(last[:, :1]) if h0 is None else h0.float().unsqueeze(1)
+    return torch.cat([first, last[:, :-1]], dim=1).flatten(0, 1)
+
+
+def chained(offsets: Tensor, products: Tensor, dh_last: Tensor | None, dh0: Tensor, segments: int) -> Tensor:
+    """The adjoint behind each segment's last token, (B · S, D) fp32: each segment's map applied to what the next one hands it.
+
+    Args:
+        offsets, products: (B · S, D) fp32, of the maps `f → product f + offset`.
+        dh_last: (B, D), behind the sequence; None: nothing.
+        dh0: (B, D), gets what arrives before the first token.
+    """
+    offset, product = offsets.unflatten(0, (-1, segments)), products.unflatten(0, (-1, segments))
+    after = torch.empty_like(offset)
+    adjoint = torch.zeros_like(offset[:, 0]) if dh_last is None else dh_last.float()
+    for segment in reversed(range(segments)):
+        after[:, segment] = adjoint
+        adjoint = torch.addcmul(offset[:, segment], product[:, segment], adjoint)
+    dh0.copy_(adjoint)
+    return after.flatten(0, 1)

@@ -23,6 +23,7 @@ def backward_kernel(
     dlog_gamma_ptr,
     dw_g_ptr,
     dh0_ptr,
+    product_ptr,
     T,
     D,
     group,
@@ -67,12 +68,14 @@ def backward_kernel(
     HAS_DH_LAST: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_RESET: tl.constexpr,
+    SUMMARY: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     """One program: BD channels of one sequence, in tiles of R·G tokens; a thread holds G consecutive tokens of its channels.
 
     Pass 1 folds each group into the map that carries f = J g past it; the groups' maps are scanned; pass 2 runs through each group again
     with the true f. `dp` is summed over SUMMED neighbouring channels, `dw_g` over time.
+    SUMMARY: only the map from f behind the last token to f before the first, its offset to `dh0`, its factor to `product`, (B, D) fp32.
     """
     stripes = tl.cdiv(D, BD)
     batch = (tl.program_id(0) // stripes).to(tl.int64)
@@ -105,6 +108,7 @@ def backward_kernel(
     if HAS_H0:
         initial = tl.load(h0_ptr + batch * h0_stride_B + channel * h0_stride_D, mask=channel < D, other=0.0).to(tl.float32)
     dw = tl.zeros([R, BD], tl.float32)
+    product = tl.full([BD], 1.0, tl.float32)
 
     for start in tl.range(0, T, R * G, num_stages=STAGES):
         bits = 0
@@ -142,25 +146,29 @@ def backward_kernel(
             f = jacobian * (dh + f)
             a = jacobian * a
         before_a, before_f = maps_before(a, f)
-        f = before_a * carry[None, :] + before_f
-        for j in tl.static_range(G):
-            s = row + j
-            valid = (start + s < T) & inside
-            g = dhs[j] + f
-            dz = g * writes[j]
-            tl.store(dz_base - s * dz_stride_T, dz.to(dz_ptr.dtype.element_ty), mask=valid)
-            dlog_gamma = g * decays[j]
-            dlog_gamma_rows = dlog_gamma_base - s * dlog_gamma_stride_T
-            tl.store(dlog_gamma_rows, dlog_gamma.to(dlog_gamma_ptr.dtype.element_ty), mask=valid)
-            dgate = g * slopes[j]
-            dw += dgate * previous[j]
-            dp_rows = dp_base - s * dp_stride_T
-            if SUMMED == 1:
-                tl.store(dp_rows, dgate.to(dp_ptr.dtype.element_ty), mask=valid)
-            else:
-                dp = tl.sum(tl.reshape(dgate, [R, BD // SUMMED, SUMMED]), axis=2)
-                tl.store(dp_rows, dp.to(dp_ptr.dtype.element_ty), mask=(start + s < T) & summed_inside)
-            f = jacobians[j] * g
+        if SUMMARY:
+            product *= last_group(a * before_a, R)
+            f = a * (before_a * carry[None, :] + before_f) + f
+        else:
+            f = before_a * carry[None, :] + before_f
+            for j in tl.static_range(G):
+                s = row + j
+                valid = (start + s < T) & inside
+                g = dhs[j] + f
+                dz = g * writes[j]
+                tl.store(dz_base - s * dz_stride_T, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+                dlog_gamma = g * decays[j]
+                dlog_gamma_rows = dlog_gamma_base - s * dlog_gamma_stride_T
+                tl.store(dlog_gamma_rows, dlog_gamma.to(dlog_gamma_ptr.dtype.element_ty), mask=valid)
+                dgate = g * slopes[j]
+                dw += dgate * previous[j]
+                dp_rows = dp_base - s * dp_stride_T
+                if SUMMED == 1:
+                    tl.store(dp_rows, dgate.to(dp_ptr.dtype.element_ty), mask=valid)
+                else:
+                    dp = tl.sum(tl.reshape(dgate, [R, BD // SUMMED, SUMMED]), axis=2)
+                    tl.store(dp_rows, dp.to(dp_ptr.dtype.element_ty), mask=(start + s < T) & summed_inside)
+                f = jacobians[j] * g
         carry = last_group(f, R)
         dh_base -= R * G * dh_stride_T
         h_base -= R * G * h_stride_T
@@ -171,5 +179,8 @@ def backward_kernel(
         dlog_gamma_base -= R * G * dlog_gamma_stride_T
         dp_base -= R * G * dp_stride_T
 
-    tl.store(dw_g_ptr + batch * D + channel, tl.sum(dw, axis=0), mask=channel < D)
+    if SUMMARY:
+        tl.store(product_ptr + batch * D + channel, product, mask=channel < D)
+    else:
+        tl.store(dw_g_ptr + batch * D + channel, tl.sum(dw, axis=0), mask=channel < D)
     tl.store(dh0_ptr + batch * dh0_stride_B + channel * dh0_stride_D, carry.to(dh0_ptr.dtype.element_ty), mask=channel < D)

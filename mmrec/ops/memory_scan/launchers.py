@@ -7,10 +7,11 @@ import triton.language as tl
 from torch import Tensor
 
 from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
-from mmrec.ops.memory_scan import segments
+from mmrec.ops.memory_scan.chaining import chain, log_decays, segments_of
 from mmrec.ops.memory_scan.kernels import output_kernel, step_kernel, walk_kernel
 from mmrec.ops.memory_scan.kernels_backward import gradient_kernel
 from mmrec.ops.registration import INTERPRETED
+from mmrec.ops.segments import cut
 from mmrec.ops.tuning import launch_options
 
 _FEW_HEADS = 64  # blocks of 128 × 128 of all memories below which a walk over time leaves most of the GPU idle unless they are cut smaller
@@ -160,11 +161,6 @@ def _step(
     launch(step_kernel, (q, k, v, log_alpha, reset, M0, r, last), prepare, scan.scale)
 
 
-def _segments(time: int, batch_heads: int, key_width: int, value_width: int, tensors: tuple[Tensor | None, ...]) -> int:
-    width = min(max(power_of_two(max(key_width, value_width)), 64), 512)
-    return segments.count(time, batch_heads * max(1, width // 128) ** 2, tensors)
-
-
 def launch_forward(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -172,15 +168,15 @@ def launch_forward(
     batch, time, heads, key_width = k.shape
     r = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     last = torch.empty((batch, heads, key_width, v.shape[-1]), dtype=torch.float32, device=q.device)
-    count = _segments(time, batch * heads, key_width, v.shape[-1], (q, k, v, log_alpha, reset))
+    count = segments_of(time, batch * heads, key_width, v.shape[-1], (q, k, v, log_alpha, reset))
     if count == 1:
         _forward(q, k, v, log_alpha, M0, reset, scale, r, last)
         return r, last
-    log_decay = segments.log_decays(log_alpha, reset, count)
-    q, k, v, log_alpha = (segments.cut(tensor, count) for tensor in (q, k, v, log_alpha))
-    reset = None if reset is None else segments.cut(reset, count)
+    log_decay = log_decays(log_alpha, reset, count)
+    q, k, v, log_alpha = (cut(tensor, count) for tensor in (q, k, v, log_alpha))
+    reset = None if reset is None else cut(reset, count)
     starts = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, last, reverse=False)
-    _forward(q, k, v, log_alpha, starts, reset, scale, segments.cut(r, count), torch.empty_like(starts))
+    _forward(q, k, v, log_alpha, starts, reset, scale, cut(r, count), torch.empty_like(starts))
     return r, last
 
 
@@ -196,12 +192,12 @@ def segment_memories(
     last: Tensor,
     reverse: bool,
 ) -> Tensor:
-    """The memory (reversed, its gradient) that enters each segment of already cut tensors; see `segments.chain`."""
+    """The memory (reversed, its gradient) that enters each segment of already cut tensors; see `chaining.chain`."""
     scan = _Scan(reader, writer, value, log_alpha, reset, scale, (reader, writer, value))
     scan.plan("backward" if reverse else "forward")
     left = torch.empty((scan.batch, scan.heads, scan.K, scan.V), dtype=torch.float32, device=value.device)
     scan.walk(reader, writer, value, None, None, None, left, reverse=reverse)
-    return segments.chain(left, log_decay, initial, last, reverse)
+    return chain(left, log_decay, initial, last, reverse)
 
 
 def _forward(
@@ -247,14 +243,14 @@ def launch_backward(
     """Gradients into the five given tensors, of any strides and dtypes; the forward's states are computed again."""
     batch, time, heads, key_width = k.shape
     long = (dr, q, k, v, log_alpha, reset, dq, dk, dv, dlog_alpha)
-    count = _segments(time, batch * heads, key_width, v.shape[-1], long)
+    count = segments_of(time, batch * heads, key_width, v.shape[-1], long)
     if count == 1:
         _backward(dr, dM_last, q, k, v, log_alpha, M0, reset, scale, dq, dk, dv, dlog_alpha, dM0)
         return
-    log_decay = segments.log_decays(log_alpha, reset, count)
-    dr, q, k, v, log_alpha = (segments.cut(tensor, count) for tensor in (dr, q, k, v, log_alpha))
-    dq, dk, dv, dlog_alpha = (segments.cut(tensor, count) for tensor in (dq, dk, dv, dlog_alpha))
-    reset = None if reset is None else segments.cut(reset, count)
+    log_decay = log_decays(log_alpha, reset, count)
+    dr, q, k, v, log_alpha = (cut(tensor, count) for tensor in (dr, q, k, v, log_alpha))
+    dq, dk, dv, dlog_alpha = (cut(tensor, count) for tensor in (dq, dk, dv, dlog_alpha))
+    reset = None if reset is None else cut(reset, count)
     starts = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, torch.empty_like(dM0), reverse=False)
     ends = segment_memories(k, q, dr, log_alpha, reset, scale, log_decay, dM_last, dM0, reverse=True)
     _backward(dr, ends, q, k, v, log_alpha, starts, reset, scale, dq, dk, dv, dlog_alpha, torch.empty_like(starts))

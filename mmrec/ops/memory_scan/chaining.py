@@ -5,39 +5,24 @@ Each segment is walked once from nothing, which gives what it leaves; these are 
 each from the memory that the chain found. That reads k and v, and in the backward q and dr, once more.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from mmrec.ops.launching import Call, blocks, launch, strides
+from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
 from mmrec.ops.memory_scan.kernels_segments import chain_kernel
+from mmrec.ops.segments import count
 
 WALKS = 128  # sequences times heads that fill a GPU, where a head is 128 wide
-LEAST = 1024  # tokens of a segment: below, a walk is not long enough to be worth a second one
 _WORTH = 4  # segments: two would gain no more than their first walk costs
 _BLOCK = 1024  # numbers of a memory that a program chains
 
 
-def count(time: int, memories: int, tensors: tuple[Tensor | None, ...]) -> int:
-    """Into how many segments to cut sequences of `time` tokens; 1 where there are memories enough, or where a cut would have to copy.
-
-    Args:
-        time: T.
-        memories: blocks of 128 × 128 of all memories.
-        tensors: (B, T, ...), what would be cut.
-    """
-    segments = 1
-    while 2 * segments * memories <= WALKS and time % (2 * segments) == 0 and time // (2 * segments) >= LEAST:
-        segments *= 2
-    adjacent = all(t is None or t.shape[0] == 1 or t.stride(0) == time * t.stride(1) for t in tensors)
-    return segments if adjacent and segments >= _WORTH else 1
-
-
-def cut(tensor: Tensor, segments: int) -> Tensor:
-    """(B, T, ...) as (B · S, T / S, ...), a view: `count` has looked at the strides."""
-    batch, time = tensor.shape[:2]
-    shape = (batch * segments, time // segments, *tensor.shape[2:])
-    stride = (time // segments * tensor.stride(1), tensor.stride(1), *tensor.stride()[2:])
-    return tensor.as_strided(shape, stride, tensor.storage_offset())
+def segments_of(time: int, batch_heads: int, key_width: int, value_width: int, tensors: Sequence[Tensor | None]) -> int:
+    """Into how many segments `tensors`, (B, T, ...), are cut; see `segments.count`."""
+    width = min(max(power_of_two(max(key_width, value_width)), 64), 512)
+    return count(time, batch_heads * max(1, width // 128) ** 2, WALKS, _WORTH, tensors)
 
 
 def log_decays(log_alpha: Tensor, reset: Tensor | None, segments: int) -> Tensor:
