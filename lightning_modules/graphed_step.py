@@ -116,7 +116,8 @@ class GraphedStep:
         torch.clear_autocast_cache()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            # Other threads go on meanwhile: a loader's pins memory, which a capture in its default mode takes for an error of its own.
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 if first:
                     self._start_gradients()
                 output = self._forward_and_backward(fixed, scale)
