@@ -1,6 +1,5 @@
 """Write the curves of a run as JSON, with the machine and the versions: `python benchmarks/curves.py RUN_FOLDER OUTPUT.json`."""
 
-import argparse
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from mmrec.commandline.plain_parser import PlainParser
 from mmrec.files import write_atomically
 from mmrec.measuring.machine import device, device_name
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what follows the program's name; None: `sys.argv`.
     """
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = PlainParser(description=__doc__)
     parser.add_argument("run", type=Path, help="a run folder, with tb/ and config.yaml")
     parser.add_argument("output", type=Path, help="the JSON file to write")
     options = parser.parse_args(arguments)

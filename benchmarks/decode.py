@@ -1,9 +1,9 @@
 """Decoding and reading a long prompt: milliseconds a token against the memory's floor, at any length of what was read.
 
-`python benchmarks/decode.py` decodes with the 7B network on a GPU, a tiny one on a CPU, both with random weights, and writes
-benchmarks/results/decode_<gpu>.json. Parity first: the decoder's logits and the network's own step against fp32. The floor is the bytes of
-the weights that a token needs and of the state, read and written, over the rate of a copy in the same run. `--sweep` times tiles of the
-decoding kernels as well and writes the best in the form of mmrec/decoding/tiles.json.
+`python benchmarks/decode.py` decodes with the 7B network on a GPU, random weights, and writes benchmarks/results/decode_<gpu>.json; on a
+CPU `--size tiny --output FILE` tries it. Parity first: the decoder's logits and the network's own step against fp32. The floor is the
+bytes of the weights that a token needs and of the state, read and written, over the rate of a copy in the same run. `--sweep` times tiles
+of the decoding kernels as well and writes the best in the form of mmrec/decoding/tiles.json.
 """
 
 import argparse
@@ -19,50 +19,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decode_tiles import sweep
+from decode_options import Plan, limit_of, parse, plan_for, require_same_size
+from decode_tiles import require_kernels, sweep
 
+from mmrec.commandline.errors import one_line_errors
+from mmrec.commandline.plain_parser import command_line
+from mmrec.commandline.sheets import Sheet, show
 from mmrec.core.memory import BlockState
 from mmrec.decoding import Decoder
 from mmrec.generate import Sampling, generate, read_prompt
 from mmrec.measuring.clocks import copy_rate
 from mmrec.measuring.errors import relative_error
-from mmrec.measuring.machine import device, machine, short_name, synchronize
+from mmrec.measuring.machine import device, machine, synchronize
 from mmrec.measuring.meters import MIB, CudaMemoryMeter, MemoryMeter, ProcessMemoryMeter
 from mmrec.measuring.results import write_rows
 from mmrec.model import MMRecModel
-from mmrec.scripts.benchmark_options import DTYPES, PRESETS, preset
+from mmrec.scripts.benchmark_options import DTYPES, preset
+from mmrec.scripts.device_memory import require_decoding_room
 from mmrec.scripts.hem_parity import built_on
 
-RESULTS = Path(__file__).parent / "results"
 STEPS = 8  # tokens whose logits are compared
-WORSE = 1.5  # times as far from fp32 as the network's own step a decoder's logits may be: both round, at different places
-ROUNDING = 1e-5  # what needs no comparison
+PROGRAM = "python benchmarks/decode.py"
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """How much is measured.
-
-    Attributes:
-        contexts: tokens read before decoding; ascending.
-        prompt: tokens of the longest prompt whose reading is measured, with its half and its quarter.
-        chunk_sizes: tokens read at a time, each a measurement; the last also reads the contexts.
-        batches: sequences decoded at once.
-        tokens: steps timed.
-    """
-
-    contexts: tuple[int, ...]
-    prompt: int
-    chunk_sizes: tuple[int, ...]
-    batches: tuple[int, ...]
-    tokens: int
-
-
-PLANS = {
-    "cuda": Plan(contexts=(1, 1000, 100_000, 1_000_000), prompt=131_072, chunk_sizes=(2048, 8192), batches=(1, 2, 4, 8), tokens=100),
-    "cpu": Plan(contexts=(1, 100, 300), prompt=256, chunk_sizes=(32, 64), batches=(1, 2), tokens=5),
-}
 
 
 @dataclass
@@ -71,6 +49,7 @@ class Run:
 
     Attributes:
         copy_tbps: terabytes a second of a copy, read and write counted.
+        told: what every row says of the network and the command.
         rows: what was measured; written whenever some are added.
     """
 
@@ -79,6 +58,7 @@ class Run:
     where: torch.device
     output: Path
     copy_tbps: float
+    told: Row
     rows: list[Row] = field(default_factory=list)
 
     @property
@@ -90,11 +70,15 @@ class Run:
         """Keep a row, print it, write all."""
         config = self.model.config
         sizes = {"D": config.model_dim, "H": config.heads, "L": config.num_layers}
-        row = {"what": what} | values | sizes | {"copy_tbps": self.copy_tbps, **machine(self.where)}
+        row = {"what": what} | values | sizes | {"copy_tbps": self.copy_tbps, **machine(self.where), **self.told}
         self.rows.append(row)
         write_rows(self.output, self.rows)
-        print("  ".join(f"{name} {_short(value)}" for name, value in ({"what": what} | values).items()), flush=True)
+        shown = {name: value for name, value in values.items() if name in _PROGRESS and value is not None}
+        print("  ".join([what, *(f"{name} {_short(value)}" for name, value in shown.items())]), flush=True)
         return row
+
+
+_PROGRESS = ("path", "B", "context", "chunk_size", "error", "limit", "agrees", "ms", "tokens_per_s")  # the rest is in the table
 
 
 def _short(value: Any) -> str:
@@ -167,8 +151,9 @@ def parity(run: Run, batch: int) -> bool:
         found = torch.stack([decoder.step(token).clone() for token in given])
         path = _path(decoder)
     errors = [relative_error(logits, torch.stack(truth)) for logits in (found, torch.stack(own))]
-    agrees = errors[0] <= max(WORSE * errors[1], ROUNDING)
-    run.add("parity", path=path, B=batch, error=errors[0], error_of_step=errors[1], agrees=agrees)
+    limit = limit_of(errors[1])
+    agrees = errors[0] <= limit
+    run.add("parity", path=path, B=batch, error=errors[0], error_of_step=errors[1], limit=limit, agrees=agrees)
     return agrees
 
 
@@ -236,42 +221,60 @@ def prefill(run: Run) -> None:
             )
 
 
-def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
-    where = device()
-    parser.add_argument("--size", choices=PRESETS, default="7b" if where.type == "cuda" else "tiny", help="a shipped config's network")
-    parser.add_argument("--precision", choices=DTYPES, default="bf16" if where.type == "cuda" else "fp32", help="of the weights")
-    parser.add_argument("--longest", type=int, help="leave out contexts and prompts longer than this")
-    parser.add_argument("--output", type=Path, help="the JSON file to write; default: benchmarks/results/decode_<gpu>.json")
-    parser.add_argument("--sweep", action="store_true", help="time tiles of the decoding kernels too, before everything else")
-    parser.add_argument("--only-sweep", action="store_true", help="and nothing else")
-    parser.add_argument(
-        "--sweep-output", type=Path, help="where the sweep's table goes; default: decode_tiles_<gpu>.json beside the output"
-    )
-    return parser.parse_args(arguments)
+def table(rows: Sequence[Row]) -> Sheet:
+    """The rows for a terminal."""
+    lines = [
+        (
+            f"{row['what']}, {row['path']}",
+            *("–" if row.get(key) is None else format(row[key] * factor, form) for key, factor, form in _SHOWN),
+        )
+        for row in rows
+        if row["what"] != "parity"
+    ]
+    titles = ("B", "tokens read", "chunk", "ms", "floor, ms", "share of it, %", "tokens/s", "peak MiB")
+    return Sheet("Decoding and reading prompts", ("what",), titles, lines)
+
+
+_SHOWN = (
+    ("B", 1, "d"),
+    ("context", 1, ",d"),
+    ("chunk_size", 1, ",d"),
+    ("ms", 1, ",.3f"),
+    ("floor_ms", 1, ",.3f"),
+    ("share_of_floor", 100, ".0f"),
+    ("tokens_per_s", 1, ",.0f"),
+    ("peak_mib", 1, ",.0f"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and write; 1 where the decoder is not the network's step."""
-    options = parse(arguments)
+    """Measure and write; 1 where the decoder is not the network's step. What is refused ends in one line and exit code 2."""
+    options = parse(__doc__, arguments)
+    with one_line_errors():
+        return measure(options, command_line(PROGRAM, arguments))
+
+
+def measure(options: argparse.Namespace, command: str) -> int:
+    """Measure what the options ask for; the exit code."""
     where = device()
+    plan = plan_for(where.type, options.longest)
+    config = preset(options.size)
+    require_decoding_room(options.size, options.precision, where, plan.chunk_sizes[-1], plan.batches[-1])
+    if not options.only_sweep:
+        require_same_size(options.output, options.size, options.precision, config)
     torch.manual_seed(0)
-    name = short_name(machine(where)["gpu"])
-    output = options.output or RESULTS / f"decode_{name}.json"
-    plan = PLANS[where.type]
-    if options.longest:
-        contexts = tuple(length for length in plan.contexts if length <= options.longest)
-        plan = Plan(**vars(plan) | {"contexts": contexts or (1,), "prompt": min(plan.prompt, options.longest)})
     with built_on(where, DTYPES[options.precision]):
-        model = MMRecModel(preset(options.size)).eval()
-    run = Run(model.requires_grad_(False), plan, where, output, copy_rate(where))
+        model = MMRecModel(config).eval().requires_grad_(False)
+    if options.sweep or options.only_sweep:
+        require_kernels(model)
+    told = {"size": options.size, "precision": options.precision, "command": command}
+    run = Run(model, plan, where, options.output, copy_rate(where), told)
     print(
-        f"{machine(where)['gpu']}  {options.size} {options.precision}  {weight_bytes(model) / 1e9:.2f} GB, {run.copy_tbps:.2f} TB/s",
+        f"{machine(where)['gpu']}\n{options.size} {options.precision}  {weight_bytes(model) / 1e9:.2f} GB, {run.copy_tbps:.2f} TB/s",
         flush=True,
     )
     if options.sweep or options.only_sweep:
-        sweep(model, options.sweep_output or output.with_name(f"decode_tiles_{name}.json"), token_ms)
+        sweep(model, options.sweep_output, token_ms)
         if options.only_sweep:
             return 0
     agreed = [parity(run, batch) for batch in plan.batches]
@@ -281,7 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     whole_call(run)
     decode_after_reading(run)
     prefill(run)
-    print(output)
+    show(table(run.rows))
+    print(options.output)
     return 0 if all(agreed) else 1
 
 

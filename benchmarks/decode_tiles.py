@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from mmrec.commandline.errors import BadInputError
 from mmrec.core.memory import BlockState
 from mmrec.decoding import Decoder, tiles
 from mmrec.decoding.fused_step import FusedStep, Launch, unsupported
@@ -71,6 +72,16 @@ def whole_step(model: MMRecModel, table: dict[str, Any], clock: Clock) -> tuple[
     return ms, relative_error(found, expected)
 
 
+def require_kernels(model: MMRecModel, batch: int = 1) -> None:
+    """Raise where the kernels cannot run.
+
+    Raises:
+        BadInputError: with the reason.
+    """
+    if reason := unsupported(model, batch):
+        raise BadInputError(f"no sweep: {reason}; the decoding kernels want a GPU and the fused projection")
+
+
 def sweep(model: MMRecModel, output: Path, clock: Clock, batch: int = 1) -> dict[str, Any]:
     """Time all candidates and write a table in the form of tiles.json, with all timings.
 
@@ -81,10 +92,9 @@ def sweep(model: MMRecModel, output: Path, clock: Clock, batch: int = 1) -> dict
         batch: sequences.
 
     Raises:
-        ValueError: where the kernels cannot run.
+        BadInputError: where the kernels cannot run.
     """
-    if reason := unsupported(model, batch):
-        raise ValueError(f"no sweep: {reason}")
+    require_kernels(model, batch)
     where = model.embedding.weight.device
     state = model.init_state(batch)
     logits = torch.empty(batch, model.config.vocab_size, dtype=model.embedding.weight.dtype, device=where)

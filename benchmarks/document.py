@@ -14,13 +14,13 @@ from document_markdown import TABLES
 from document_sources import RESULTS, ROOT, Results
 
 from mmrec.commandline.errors import BadInputError, one_line_errors
-from mmrec.commandline.plain_parser import PlainParser
+from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.files import write_atomically
 from mmrec.nearest import did_you_mean, nearest_name
 
 TEMPLATE = ROOT / "docs" / "performance_and_dependencies.template.md"
 DOCUMENT = ROOT / "docs" / "PERFORMANCE_AND_DEPENDENCIES.md"
-MODULES = ("document_environment", "document_hem", "document_operators", "document_study", "document_training")
+MODULES = ("document_environment", "document_hem", "document_operators", "document_state", "document_study", "document_training")
 MARKER = re.compile(r"^<!-- table: (?P<name>\S+) -->$", re.MULTILINE)
 HEADER = "<!-- Made by `make docs` from performance_and_dependencies.template.md and benchmarks/results; edit those. -->\n"
 
@@ -61,13 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = PlainParser(description=__doc__.splitlines()[0])
     parser.add_argument("--template", type=Path, default=TEMPLATE, help="prose with markers")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
-    parser.add_argument("--output", type=Path, default=DOCUMENT, help="the document to write")
+    parser.add_argument("--gpu", default="", help="take results of GPUs whose name contains this alone, as H200; any otherwise")
+    parser.add_argument("--output", type=output_file, default=DOCUMENT, help="the document to write")
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the document is another")
     options = parser.parse_args(arguments)
     with one_line_errors():
         if not options.template.is_file():
             raise BadInputError(f"no template {options.template}; give one as --template")
-        text = fill(options.template.read_text(encoding="utf-8"), Results(options.results))
+        results = Results(options.results, options.gpu)
+        text = fill(options.template.read_text(encoding="utf-8"), results)
+        print("\n".join(results.report()))
         if options.check:
             same = options.output.is_file() and options.output.read_text(encoding="utf-8") == text
             print(f"{options.output}: {'as made' if same else 'not what `make docs` writes; run it'}")

@@ -1,4 +1,5 @@
-"""The tables of section 2: what the founding document asks of a machine, and what this code needs. Numbers are those `doctor` checks."""
+"""The tables of section 2: what the founding document asks of a machine, and what this code needs. Numbers are those `doctor` checks;
+of a GPU's memory, where it takes a config's estimate, the card that holds it."""
 
 import tomllib
 from collections.abc import Sequence
@@ -9,7 +10,9 @@ from document_sources import ROOT, Results
 from packaging.requirements import Requirement
 
 from mmrec.commandline import machine_needs as needs
+from mmrec.commandline.configs import config_layers, merge
 from mmrec.commandline.machine_needs import Bound
+from mmrec.commandline.memory_estimate import Estimate, estimate
 
 
 class Asked(NamedTuple):
@@ -25,6 +28,39 @@ def dependencies(extra: str | None = None) -> dict[str, str]:
     lines = project["optional-dependencies"][extra] if extra else project["dependencies"]
     wanted = [Requirement(line) for line in lines]
     return {need.name: ", ".join(part.version for part in need.specifier if part.operator == ">=") or "any" for need in wanted}
+
+
+class Card(NamedTuple):
+    """The smallest usual size of a GPU's memory that is enough, in GB, and why."""
+
+    card: int
+    why: str
+
+
+CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of GPUs that are sold
+
+
+def _card(need: float, why: str) -> Card:
+    return Card(next(size for size in CARDS if size >= needs.ALLOCATOR * need), why)
+
+
+def gpu_for_training() -> Card:
+    """For the founding document's 7B, as shipped."""
+    need = _estimate_7b().total / 1e9
+    return _card(need, f"`configs` estimates {need:.1f} GB of `{CONFIG_7B}`, BF16 with 16-bit moments; the allocator adds up to 15 %")
+
+
+def gpu_for_decoding() -> Card:
+    """For its weights in BF16, without UBÖO's."""
+    need = 2 * _estimate_7b().parameters_inference / 1e9
+    return _card(need, f"{need:.1f} GB of weights in BF16; state and buffers are small")
+
+
+CONFIG_7B = "a100_7b"
+
+
+def _estimate_7b() -> Estimate:
+    return estimate(CONFIG_7B, merge(config_layers(CONFIG_7B)))
 
 
 def _line(name: str, asked: Asked, bound: Bound) -> list[str]:
@@ -74,11 +110,12 @@ def environment_dependencies(results: Results) -> str:
 @table
 def environment_hardware(results: Results) -> str:
     """§2.3.1 and §2.3.2."""
-    memory = needs.GPU_MEMORY_7B._replace(reason="for 7B; `doctor --config` takes a config's own estimate where that is more")
+    training, decoding = gpu_for_training(), gpu_for_decoding()
     return _table(
         [
             _line("compute capability", Asked("7.0", "8.0"), needs.CAPABILITY),
-            _line("GPU memory", Asked("40 GB", "80 GB"), memory),
+            ["GPU memory to train 7B", "40 GB", "80 GB", f"{training.card} GB", f"{training.card} GB", training.why],
+            ["GPU memory to decode 7B", UNKNOWN, UNKNOWN, f"about {decoding.card} GB", UNKNOWN, decoding.why],
             _line("CPU cores", Asked("8", "16"), needs.CORES),
             _line("RAM", Asked("64 GB", "128 GB"), needs.RAM),
             ["CPU", "x86-64", "AVX2", "any that PyTorch runs on", "AVX2", "PyTorch's kernels for CPUs are written for it"],
@@ -120,7 +157,8 @@ def environment_summary(results: Results) -> str:
         ["PyTorch", "2.0, better 2.1", found["torch"], found["torch"]],
         ["Triton", "2.0, better 2.2", found["triton"], found["triton"]],
         both("compute capability", needs.CAPABILITY, "7.0, better 8.0"),
-        both("GPU memory for 7B", needs.GPU_MEMORY_7B, "40 GB, better 80 GB"),
+        ["GPU memory to train 7B", "40 GB, better 80 GB", f"{gpu_for_training().card} GB", f"{gpu_for_training().card} GB"],
+        ["GPU memory to decode 7B in BF16", UNKNOWN, f"about {gpu_for_decoding().card} GB", UNKNOWN],
     ]
     return markdown(("", "the founding document", "minimum", "recommended"), lines)
 

@@ -30,7 +30,27 @@ def with_spread(row: Row, form: str = ".2f") -> str:
 
 def change(before: float | None, after: float | None) -> str:
     """From `before` to `after` in percent."""
-    return UNKNOWN if not before or after is None else f"{100 * (after / before - 1):+.1f} %".replace("-", "−")
+    return UNKNOWN if not before or after is None else percent(100 * (after / before - 1))
+
+
+def percent(points: float) -> str:
+    """A change in percent, signed unless it rounds to nothing."""
+    shown = f"{points:+.1f}"
+    return f"{'0.0' if shown in ('-0.0', '+0.0') else shown} %".replace("-", "−")
+
+
+def within_range(before: Row, after: Row) -> bool:
+    """Whether two rows' times, fastest to slowest round, overlap, so that their difference is none."""
+    limits = [row.get(key) for row in (before, after) for key in ("fastest_ms", "slowest_ms")]
+    if any(limit is None for limit in limits):
+        return False
+    return max(limits[0], limits[2]) <= min(limits[1], limits[3])
+
+
+def change_of_times(before: Row, after: Row, key: str = "ms") -> str:
+    """`change` of what was timed, or that there is none to be seen."""
+    values_known = before.get(key) is not None and after.get(key) is not None
+    return "within the range" if values_known and within_range(before, after) else change(before.get(key), after.get(key))
 
 
 def ratio(above: float | None, below: float | None) -> str:
@@ -51,20 +71,22 @@ def captioned(body: str, *captions: str) -> str:
     )
 
 
-def measured_caption(measured: Measured, rows: Sequence[Row], command: str, stands_in: bool = False) -> str:
+def measured_caption(measured: Measured, rows: Sequence[Row], command: str | Sequence[str], stands_in: bool = False) -> str:
     """Where rows come from: GPU, versions, date, file, command.
 
     Args:
         measured: the file.
         rows: those in the table.
-        command: what wrote them.
+        command: what wrote them, where the rows do not say it themselves.
         stands_in: whether the founding document asks for an A100 here.
     """
     told = {key: ", ".join(str(value) for value in values(rows, key)) or UNKNOWN for key in ("gpu", "torch", "triton", "date")}
     place = f"Measured on {told['gpu']} with torch {told['torch']} and Triton {told['triton']}, {told['date']}"
     other = stands_in and ASKED_FOR not in told["gpu"]
     instead = f"; it stands in for the {ASKED_FOR} 80 GB that the founding document asks for" if other else ""
-    return f"{place}{instead}. [{measured.path.name}](../benchmarks/results/{measured.path.name}), written by `{command}`."
+    commands = values(rows, "command") or ([command] if isinstance(command, str) else command)
+    written = ", ".join(f"`{one}`" for one in commands)
+    return f"{place}{instead}. [{measured.path.name}](../benchmarks/results/{measured.path.name}), written by {written}."
 
 
 def owed_caption(source: Source, command: str | None = None) -> str:

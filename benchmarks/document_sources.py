@@ -1,9 +1,9 @@
 """Where the document's figures come from: the JSON files of benchmarks/results, each kind with the command that writes it."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mmrec.commandline.errors import BadInputError
 from mmrec.measuring.results import read_rows
@@ -11,6 +11,7 @@ from mmrec.measuring.results import read_rows
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -22,12 +23,14 @@ class Source:
         command: writes one, on a GPU.
         unlike: beginning of names that the pattern takes and that are of another kind.
         owed: whether it may be missing: its tables then say so instead of being filled.
+        setting: what the tables show, as a key of the rows and its value: a file that holds it goes before one that does not.
     """
 
     pattern: str
     command: str
     unlike: str = "\0"
     owed: bool = True
+    setting: tuple[str, Any] | None = None
 
     def has_script(self) -> bool:
         """Whether what the command runs is written already."""
@@ -35,14 +38,24 @@ class Source:
         return (ROOT / (f"{words[2].replace('.', '/')}.py" if words[1] == "-m" else words[1])).is_file()
 
 
-HEM = Source("hem_*.json", "python -m mmrec.scripts.benchmark_hem --size 7b --ncu --output benchmarks/results/hem_<gpu>.json", "hem_parity")
+OF_7B = ("D", 4096)  # rows of the founding document's network
+
+HEM = Source(
+    "hem_*.json",
+    "python -m mmrec.scripts.benchmark_hem --size 7b --ncu --output benchmarks/results/hem_<gpu>.json",
+    "hem_parity",
+    setting=OF_7B,
+)
 NETWORK = Source(
-    "benchmark_results_*.json", "python -m mmrec.scripts.real_benchmark --size 7b --output benchmarks/results/benchmark_results_<gpu>.json"
+    "benchmark_results_*.json",
+    "python -m mmrec.scripts.real_benchmark --size 7b --output benchmarks/results/benchmark_results_<gpu>.json",
+    setting=OF_7B,
 )
 TRAINING = Source("train_step_*.json", "python benchmarks/train_step.py")
-DECODING = Source("decode_*.json", "python benchmarks/decode.py", "decode_tiles")
+DECODING = Source("decode_*.json", "python benchmarks/decode.py", "decode_tiles", setting=OF_7B)
 OPERATORS = Source("ops_*.json", "python benchmarks/operators.py", owed=False)
 STUDY = Source("convergence_*.json", "python -m mmrec.scripts.train_uboo_test")
+SOURCES = (HEM, NETWORK, TRAINING, DECODING, OPERATORS, STUDY)
 
 
 class Measured(NamedTuple):
@@ -59,12 +72,22 @@ class Measured(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """The results in a folder."""
+    """The results in a folder.
+
+    Attributes:
+        folder: of the JSON files.
+        gpu: what the GPU's name must contain, in any case of letters; empty: any GPU.
+        verdicts: of the files that were looked at, which are used, or why they are not.
+    """
 
     folder: Path = RESULTS
+    gpu: str = ""
+    verdicts: dict[str, str] = field(default_factory=dict)
 
     def of(self, source: Source) -> Measured | None:
-        """The newest file of a kind that was measured on a GPU; None where one is owed and not there.
+        """The file of a kind that is shown; None where one is owed and not there.
+
+        Of those measured on a GPU, and on the one asked for, those go first that hold the source's setting, then the newest.
 
         Raises:
             BadInputError: one that is not owed is missing, or a file that is no list of rows.
@@ -74,12 +97,44 @@ class Results:
             found = [Measured(path, read_rows(path)) for path in files]
         except ValueError as error:
             raise BadInputError(str(error)) from error
-        on_gpu = [measured for measured in found if measured.rows and not all(is_cpu(row) for row in measured.rows)]
-        if on_gpu:
-            return max(on_gpu, key=lambda measured: (measured.date, measured.path.name))
+        fitting = []
+        for measured in found:
+            if not measured.rows or all(is_cpu(row) for row in measured.rows):
+                self.verdicts[measured.path.name] = "ignored: no row of a GPU"
+            elif self.gpu and not any(self.gpu.lower() in str(row.get("gpu")).lower() for row in measured.rows):
+                self.verdicts[measured.path.name] = f"ignored: of {', '.join(map(str, values(measured.rows, 'gpu')))}, not of {self.gpu}"
+            else:
+                fitting.append(measured)
+        if fitting:
+            used = max(fitting, key=lambda measured: (holds(measured, source.setting), measured.date, measured.path.name))
+            for measured in fitting:
+                if measured is not used:
+                    self.verdicts[measured.path.name] = f"ignored: {_lesser(measured, used, source)}"
+            self.verdicts[used.path.name] = "used"
+            return used
         if source.owed:
             return None
-        raise BadInputError(f"no {self.folder / source.pattern}: write one on a GPU with `{source.command}`, or take it from the history")
+        where = f" of {self.gpu}" if self.gpu else ""
+        raise BadInputError(
+            f"no {self.folder / source.pattern}{where}: write one on a GPU with `{source.command}`, or take it from the history"
+        )
+
+    def report(self) -> list[str]:
+        """A line for each JSON file of the folder: used, or why not."""
+        other = "no table shows it"
+        return [f"{path.name}: {self.verdicts.get(path.name, other)}" for path in sorted(self.folder.glob("*.json"))]
+
+
+def holds(measured: Measured, setting: tuple[str, Any] | None) -> bool:
+    """Whether a file has rows of a setting; any has where there is none."""
+    return setting is None or any(row.get(setting[0]) == setting[1] for row in measured.rows)
+
+
+def _lesser(measured: Measured, used: Measured, source: Source) -> str:
+    if source.setting and holds(used, source.setting) and not holds(measured, source.setting):
+        return f"no row of {source.setting[0]} {source.setting[1]}, which {used.path.name} has"
+    older = measured.date < used.date
+    return f"{'older than' if older else 'as old as, and by name before,'} {used.path.name}"
 
 
 def is_cpu(row: Row) -> bool:
@@ -97,9 +152,9 @@ def with_values(rows: Iterable[Row], **wanted: Any) -> Iterable[Row]:
     return (row for row in rows if all(row.get(key) == value for key, value in wanted.items()))
 
 
-def groups(rows: Iterable[Row], key: Callable[[Row], Any]) -> list[tuple[Any, list[Row]]]:
-    """Rows by key, in the order in which the keys appear."""
-    found: dict[Any, list[Row]] = {}
+def groups(rows: Iterable[Item], key: Callable[[Item], Any]) -> list[tuple[Any, list[Item]]]:
+    """Rows, or other things, by key, in the order in which the keys appear."""
+    found: dict[Any, list[Item]] = {}
     for row in rows:
         found.setdefault(key(row), []).append(row)
     return list(found.items())

@@ -1,13 +1,11 @@
-"""The tables of section 1.2.1, UBÖO's convergence; and section 5's summary of what was hoped for and what was measured."""
+"""The tables of section 1.2.1, UBÖO's convergence."""
 
 import math
 import statistics
 from collections.abc import Callable, Sequence
 
-from document_hem import PREDICTED_MB, three_forms
 from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
-from document_sources import HEM, STUDY, Results, Row, groups, with_values
-from document_training import added_memory
+from document_sources import STUDY, Results, Row, groups, with_values
 
 ARMS = ("off", "mse", "normalized")
 METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
@@ -98,41 +96,3 @@ def finalists(results: Results) -> str:
         lines.append([f"{model}{f', {variant}' if variant else ''}", *sizes, *losses])
     titles = ("network", "M parameters", "M tokens", "seeds", "validation loss, nats", "on C4")
     return captioned(markdown(titles, lines), measured_caption(measured, rows, STUDY.command))
-
-
-@table
-def hoped_and_measured(results: Results) -> str:
-    """§5.2: every expectation of the founding document beside its measurement."""
-    hem = results.of(HEM)
-    off, fused_rest, on = three_forms([row for row in hem.rows if row.get("H") != 8] if hem else [], "block", "fwd")
-    study = results.of(STUDY)
-    protocol = list(with_values(study.rows, study="protocol")) if study else []
-    longest = max((row.get("steps") or 0 for row in protocol), default=0)
-    arms = {arm: [row for row in protocol if row.get("uboo") == arm and (row.get("steps") or 0) == longest] for arm in ARMS}
-
-    def against_off(metric: int) -> str:
-        value = METRICS[metric][3]
-        changes = [change(mean_of(arms["off"], value), mean_of(arms[arm], value)) for arm in ARMS[1:]]
-        return UNKNOWN if set(changes) == {UNKNOWN} else f"`mse` {changes[0]}, `normalized` {changes[1]}"
-
-    founding = change(*PREDICTED_MB["total"])
-    without_outputs = [
-        None if row.get("bytes_weights") is None else row["bytes_weights"] + row["bytes_inputs"] for row in (off, on)
-    ]  # fmt: skip
-    lines = [
-        ["HEM: one block's latency, all of it against eager code", "−30 … −40 %", change(off.get("ms"), on.get("ms"))],
-        ["HEM: … of it the one projection alone, the rest being fused either way", UNKNOWN, change(fused_rest.get("ms"), on.get("ms"))],
-        ["HEM: launches of the projections", "about −80 %", change(off.get("launches"), on.get("launches"))],
-        ["HEM: bytes of weights and inputs, by arithmetic", f"about −50 % ({founding})", change(*without_outputs)],
-        ["HEM: bytes with the outputs, by arithmetic", UNKNOWN, change(off.get("bytes"), on.get("bytes"))],
-        ["HEM: bytes, counted by ncu", UNKNOWN, change(off.get("bytes_ncu"), on.get("bytes_ncu"))],
-        ["HEM: achieved memory bandwidth", "+40 … +50 %", UNKNOWN],
-        ["UBÖO: steps to the baseline's final loss", METRICS[0][1], against_off(0)],
-        ["UBÖO: final perplexity", METRICS[1][1], against_off(1)],
-        ["UBÖO: variance of the loss", METRICS[2][1], against_off(2)],
-        ["UBÖO: memory of a training step at 7B", "+8 … +10 % (1.5 … 2 GB)", added_memory(results)],
-    ]
-    missing = [captioned("", owed_caption(source)) for source, found in ((HEM, hem), (STUDY, study)) if found is None]
-    body = markdown(("expectation", "hoped for", "measured"), lines)
-    machines = captioned("", f"HEM: {hem.rows[0].get('gpu')}, {hem.date}; each with its conditions in section 1.") if hem else ""
-    return "\n\n".join(part for part in (body, machines, *missing) if part)

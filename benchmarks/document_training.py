@@ -3,8 +3,14 @@
 from collections.abc import Sequence
 
 from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
-from document_sources import TRAINING, Results, Row
+from document_sources import TRAINING, Measured, Results, Row, groups
+from train_step_cases import DEFAULT
 
+# Until a GPU has shown it (log.md, 2026-11-25), this stands below rows that ran so.
+GRAPHS_NOT_COMPARED = (
+    "{} ran as a CUDA graph, whose gradients have not yet been shown equal to autograd's on a GPU ([log.md](log.md), 2026-11-25): its "
+    "figures are times of work that is not proven right."
+)
 UBOO_7B = ("7b_planning", "7b_planning_compiled")  # cases: the first that was measured is taken
 # The founding document's arithmetic: two D × D matrices a layer in BF16, and one layer's activations.
 D, LAYERS, BF16 = 4096, 24, 2
@@ -62,17 +68,51 @@ def training_step(results: Results) -> str:
             f"`{row.get('case')}`: {row.get('what', UNKNOWN)}", cell(row.get("params_m"), ",.0f"), _uboo(row), _shape(row), _how(row),
             cell(row.get("tokens_per_s"), ",.0f"),
             _step(row), cell(row.get("host_ms"), ",.1f"), _percent(row.get("mfu")), cell(row.get("peak_gib"), ".1f"),
-            cell(row.get("first_step_s"), ".1f"), _peers(row),
+            cell(row.get("first_step_s"), ".1f"), _loss(row), _peers(row),
         ]
         for row in rows
     ]  # fmt: skip
     titles = (
-        "case", "M parameters", "UBÖO", "a step", "how", "tokens/s", "ms a step", "of it the host's, ms", "MFU", "peak, GiB",
-        "first step, s", "others, tokens/s",
+        "case", "M parameters", "UBÖO", "a step", "how", "tokens/s", "ms a step", "host, ms (beside the GPU)", "MFU", "peak, GiB",
+        "first step, s", "loss (after steps)", "others, tokens/s",
     )  # fmt: skip
     unmeasured = f"Not measured: {'; '.join(failed)}." if failed else ""
-    command = f"{TRAINING.command} --only {','.join(str(row.get('case')) for row in rows)}"
-    return captioned(markdown(titles, lines, words=(0, 2, 3, 4, 11)), measured_caption(measured, rows, command), unmeasured)
+    cases = [str(row.get("case")) for row in rows]
+    graphs = [f"`{row.get('case')}`" for row in rows if row.get("cuda_graph")]
+    return captioned(
+        markdown(titles, lines, words=(0, 2, 3, 4, 12)),
+        measured_caption(measured, rows, commands_of(cases)),
+        GRAPHS_NOT_COMPARED.format(", ".join(graphs)) if graphs else "",
+        "Losses of random tokens; those after different numbers of steps are not to be compared." if any(map(_loss_step, rows)) else "",
+        unmeasured,
+        owed_cases(measured),
+    )
+
+
+def commands_of(cases: Sequence[str]) -> list[str]:
+    """What measures cases, a command for each group of settings; a case's name ends with those it was changed by."""
+    found = groups(cases, lambda case: tuple(case.split(" ")[1:]))
+    lines = []
+    for settings, together in found:
+        only = ",".join(case.split(" ")[0] for case in together)
+        lines.append(" ".join([TRAINING.command, "--only", only, *(f"--set {setting}" for setting in settings)]))
+    return lines
+
+
+def owed_cases(measured: Measured) -> str:
+    """The cases of a whole run that the file does not hold."""
+    there = {row.get("case") for row in measured.rows}
+    missing = [case for case in DEFAULT if case not in there and case not in UBOO_7B]
+    names = ", ".join(f"`{case}`" for case in missing)
+    return f"Not measured yet: {names}: `{TRAINING.command} --only {','.join(missing)}` on a GPU." if missing else ""
+
+
+def _loss_step(row: Row) -> int | None:
+    return row.get("loss_step")
+
+
+def _loss(row: Row) -> str:
+    return UNKNOWN if row.get("loss") is None else f"{row['loss']:.4f} ({cell(_loss_step(row), 'd')})"
 
 
 def _shape(row: Row) -> str:
@@ -93,7 +133,7 @@ def _uboo(row: Row) -> str:
 
 
 def _how(row: Row) -> str:
-    switches = {"compile": "compiled", "fp8": "FP8", "checkpointing": "checkpointing"}
+    switches = {"cuda_graph": "CUDA graph", "compile": "compiled", "fp8": "FP8", "checkpointing": "checkpointing"}
     on = []
     for key, name in switches.items():
         value = row.get(key)
@@ -111,11 +151,11 @@ def _peers(row: Row) -> str:
     return ", ".join(f"{name} {cell(value, ',.0f')}" for name, value in peers.items() if isinstance(value, int | float)) or UNKNOWN
 
 
-def added_memory(results: Results) -> str:
-    """UBÖO's share of the peak, for the summary."""
+def added_memory(results: Results) -> tuple[str, float | None]:
+    """UBÖO's share of the peak, for the summary: in words, and in percent."""
     measured = results.of(TRAINING)
     off, on = uboo_rows(measured.rows) if measured else ({}, {})
     before, after = off.get("peak_gib"), on.get("peak_gib")
     if before is None or after is None:
-        return UNKNOWN
-    return f"{change(before, after)} ({after - before:.2f} GiB)"
+        return UNKNOWN, None
+    return f"{change(before, after)} ({after - before:.2f} GiB)", 100 * (after / before - 1)

@@ -4,13 +4,12 @@
 relations of docs/math.md.
 """
 
-import argparse
 import json
-from pathlib import Path
 
 import torch
 from curves import machine
 
+from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.config import MMRecConfig
 from mmrec.scripts.hem_parity import block_pair, parity_errors
 
@@ -23,8 +22,8 @@ def parity(dtype: torch.dtype, pe_dim: int, model_dim: int = 256) -> dict[str, f
 
 def main() -> None:
     """Measure, write JSON, print the largest error of each setting."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("output", type=Path, help="the JSON file to write")
+    parser = PlainParser(description=__doc__)
+    parser.add_argument("output", type=output_file, help="the JSON file to write")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     rows = []

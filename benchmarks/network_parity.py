@@ -4,16 +4,15 @@ Relative Frobenius errors, for fp32 and bf16 weights, eager and compiled, with o
 `python benchmarks/network_parity.py OUTPUT.json`.
 """
 
-import argparse
 import json
 import sys
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 from curves import machine
 
+from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.measuring.errors import relative_error
 from mmrec.model import MMRecModel
 
@@ -53,8 +52,8 @@ def parity(dtype: torch.dtype, compiled: bool, use_hem: bool, device: str) -> di
 
 def main() -> None:
     """Measure all settings, print a line each, write JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("output", type=Path, help="the JSON file to write")
+    parser = PlainParser(description=__doc__)
+    parser.add_argument("output", type=output_file, help="the JSON file to write")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

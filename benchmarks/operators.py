@@ -20,14 +20,15 @@ from operator_cases import OPERATORS, Timing, draw, flops, moved_bytes, name_of,
 from operator_parity import Finding, all_findings, check_at, worst
 from operator_peers import BUDGET, Peers, versions
 from operator_plot import draw_plot
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
+from mmrec.commandline.plain_parser import PlainParser, command_line, output_file, seconds
+from mmrec.commandline.sheets import Sheet, show
 from mmrec.measuring.clocks import copy_rate, input_sets, kernel_ms, product_rate
 from mmrec.measuring.failures import reason_of
 from mmrec.measuring.machine import device, machine, short_name, synchronize
 from mmrec.measuring.results import write_rows
+from mmrec.nearest import did_you_mean, nearest_name
 
 RESULTS = Path(__file__).parent / "results"
 Row = dict[str, Any]
@@ -88,7 +89,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
             }
         )  # fmt: skip
         share = f"{100 * floor / ms:.0f} % of the floor"
-        print(f"{timing.operator} {shape} {direction}: {ms:.4f} ms, {share}; called from Python {eager:.4f} ms", flush=True)
+        print(f"{timing.operator} {shape} {direction}\n  {ms:.4f} ms, {share}; called from Python {eager:.4f} ms", flush=True)
     return rows
 
 
@@ -161,38 +162,46 @@ def report_misses(findings: Sequence[Finding]) -> None:
     print(f"parity: {len(findings)} tensors compared, {len(missed)} missed", flush=True)
 
 
-def table(rows: Sequence[Row]) -> Table:
+def table(rows: Sequence[Row]) -> Sheet:
     """The rows for a terminal."""
-    found = Table(title="Operators: medians, share of the floor by copy or matrix product of this run")
-    for column in ("operator", "shape", "dtype", "gates", "direction", "ms", "from Python", "floor", "share", "error", "peers, ms"):
-        found.add_column(column, justify="right" if column in ("ms", "from Python", "floor", "share", "error") else "left")
+    lines = []
     for row in rows:
         if row["ms"] is None:
             continue
         widths = f"H{row['H']}×{row['K']}" if row["H"] else f"D{row['D']}" + (f" P{row['P']}" if row["P"] not in (None, row["D"]) else "")
         error = "–" if row["max_rel_err"] is None else f"{row['max_rel_err']:.0e}"
         shape = f"B{row['B']} T{row['T']} {widths}{' packed' if row['reset'] else ''}"
-        found.add_row(
-            row["op"], shape, row["dtype"] + (f"/{row['accum_dtype']}" if row["accum_dtype"] else ""),
-            row["gate_dtype"], row["direction"], f"{row['ms']:.4f}",
-            f"{row['eager_ms']:.4f}", f"{row['floor_ms']:.4f}", f"{100 * row['share_of_floor']:.0f} %",
-            error if row["parity"] == "ok" else f"[red]{error}[/red]",
-            ", ".join(f"{name} {'–' if ms is None else f'{ms:.3f}'}" for name, ms in row["peers"].items()),
+        dtypes = f"{_SHORT.get(row['dtype'], row['dtype'])}{_sums(row)}, {_SHORT.get(row['gate_dtype'], row['gate_dtype'])} gates"
+        lines.append(
+            (
+                f"{row['op']} {row['direction']}: {shape}, {dtypes}", f"{row['ms']:.4f}", f"{row['eager_ms']:.4f}",
+                f"{row['floor_ms']:.4f}", f"{100 * row['share_of_floor']:.0f} %", error if row["parity"] == "ok" else f"{error} MISSED",
+            )
         )  # fmt: skip
-    return found
+        lines += [(f"  {name}", "–" if ms is None else f"{ms:.4f}", *[""] * 4) for name, ms in row["peers"].items()]
+    titles = ("ms", "from Python", "floor", "share", "error")
+    note = "Medians; share of the floor by copy or matrix product of this run; below an operator the others."
+    return Sheet("Operators", ("operator",), titles, lines, caption=note)
+
+
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def _sums(row: Row) -> str:
+    return f" ({row['accum_dtype']} sums)" if row["accum_dtype"] else ""
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--output", type=Path, help="the JSON file to write; benchmarks/results/ops_<gpu>.json")
+    parser = PlainParser(description=__doc__)
+    parser.add_argument("--output", type=output_file, help="the JSON file to write; benchmarks/results/ops_<gpu>.json")
     parser.add_argument("--only", default=",".join(OPERATORS), help="operators, separated by commas")
     parser.add_argument("--quick", action="store_true", help="few cases and one shape an operator, tiny on a CPU")
     parser.add_argument("--peers", choices=("none", "fast", "all"), help="fast: those that need no tuning; all, but none with --quick")
-    parser.add_argument("--peer-seconds", type=float, default=BUDGET, help="what a peer may take over all shapes, compilation included")
+    parser.add_argument("--peer-seconds", type=seconds, default=BUDGET, help="what a peer may take over all shapes, compilation included")
     parser.add_argument("--graphs", choices=("yes", "no"), default="yes", help="time calls replayed from a CUDA graph; no: with the host")
     parser.add_argument("--parity", choices=("yes", "no", "only"), default="yes", help="no: times alone, for work on a kernel")
-    parser.add_argument("--plot", type=Path, help="where the plot goes; beside the output, as .svg")
+    parser.add_argument("--plot", type=output_file, help="where the plot goes; beside the output, as .svg")
     parser.add_argument("--cold", action="store_true", help="also time the first call with an empty kernel cache")
     parser.add_argument("--seed", type=int, help="of the inputs; a fresh one each run, printed")
     parser.add_argument("--first-calls", action="store_true", help=argparse.SUPPRESS)
@@ -200,7 +209,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.names = options.only.split(",")
     for name in options.names:
         if name not in OPERATORS:
-            parser.error(f"--only: no operator {name}; there are {', '.join(OPERATORS)}")
+            nearest = did_you_mean(nearest_name(name, OPERATORS, cutoff=0.5)) or f"; there are {', '.join(OPERATORS)}"
+            parser.error(f"--only: no operator {name}{nearest}")
     if device().type == "cpu" and not (options.quick or options.first_calls):
         parser.error("no CUDA device; --quick runs tiny shapes on the CPU")
     return options
@@ -220,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(first_calls()))
         return 0
     where = device()
-    place = machine(where)
+    place = machine(where) | {"command": command_line("python benchmarks/operators.py", arguments)}
     seed = options.seed if options.seed is not None else int.from_bytes(os.urandom(4), "little") // 2
     print(f"{place['gpu']}, torch {place['torch']}, triton {place['triton']}, {place['date']}; seed {seed}", flush=True)
     output = options.output or RESULTS / f"ops_{short_name(place['gpu'])}.json"
@@ -274,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_peers(peers, measured, save)
     print(f"device copy at the end {copy_rate(where):.3f} TB/s", flush=True)
     draw_plot(rows, options.plot or output.with_suffix(".svg"))
-    Console(width=None if sys.stdout.isatty() else 200).print(table(rows))
+    show(table(rows))
     print(output)
     return 1 if broken or any(finding.missed for finding in findings) else 0
 

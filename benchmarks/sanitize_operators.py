@@ -16,7 +16,9 @@ from operator_cases import OPERATORS, Shape, draw, in_float64
 from operator_parity import BF16, FP32, FP64, LIMIT, Case, Finding, check, relative
 from tuning_shapes import using
 
+from mmrec.commandline.plain_parser import PlainParser
 from mmrec.measuring.machine import device, machine, synchronize
+from mmrec.nearest import did_you_mean, nearest_name
 from mmrec.ops import tuning
 
 
@@ -60,9 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 1 where a result is wrong; compute-sanitizer gives its own for what it finds.
     """
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(OPERATORS), help="operators, separated by commas")
     names = parser.parse_args(arguments).only.split(",")
+    for name in names:
+        if name not in OPERATORS:
+            parser.error(f"--only: no operator {name}{did_you_mean(nearest_name(name, OPERATORS))}")
     torch.manual_seed(0)
     where = device()
     print(machine(where), flush=True)
@@ -78,7 +83,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("ran gated_scan's time-parallel form" + (": WRONG" if wrong else ""), flush=True)
     for finding in missed:
         print(f"WRONG: {finding.tensor}: {finding.error:.1e} > {finding.limit:.0e}; {finding.case}", flush=True)
-    print("rows of the table: " + ", ".join(f"{kernel} {name}" for kernel, name in sorted(used)))
+    if used:  # none on a CPU, where no kernel is launched
+        print("rows of the table: " + ", ".join(f"{kernel} {name}" for kernel, name in sorted(used)))
     return 1 if missed or wrong else 0
 
 

@@ -11,20 +11,26 @@ import os
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train_step_cases import CASES, DEFAULT, Case
+from train_step_cases import CASES, DEFAULT, Case, check_settings
 
+from mmrec.commandline.errors import one_line_errors
+from mmrec.commandline.plain_parser import PlainParser, command_line, output_file, seconds, whole_number
 from mmrec.measuring.failures import reason_of
 from mmrec.measuring.machine import device, machine, short_name
-from mmrec.measuring.results import write_rows
+from mmrec.measuring.results import read_rows, write_rows
+from mmrec.nearest import did_you_mean, nearest_name
 
 RESULTS = Path(__file__).parent / "results"
+PROGRAM = "python benchmarks/train_step.py"
 PEERS = {"llama": "hf_llama_374m", "llama_long": "hf_llama_374m"}
+WIDTH = 80  # of the terminal
 Row = dict[str, Any]
 
 
@@ -107,33 +113,40 @@ def line(row: Row) -> str:
     units = {
         "tokens_per_s": "{:,.0f} tokens/s", "ms_per_step": "{:.2f} ms", "mfu": "MFU {:.1%}", "peak_gib": "peak {:.2f} GiB",
         "reserved_gib": "reserved {:.2f} GiB", "host_ms": "host {:.1f} ms", "first_step_s": "first step {:.1f} s",
-        "first_step_of_fit_s": "of fit {:.1f} s", "weights_gib": "weights {:.3f} GiB", "activations_gib": "activations {:.3f} GiB",
+        "first_step_of_fit_s": "of fit {:.1f} s", "loss": "loss {:.4f}", "loss_step": "after {} steps",
+        "weights_gib": "weights {:.3f} GiB", "activations_gib": "activations {:.3f} GiB",
     }  # fmt: skip
     shown = [form.format(row[name]) for name, form in units.items() if row.get(name) is not None]
-    return f"{row['case']} B {row['B']} T {row['T']} UBÖO {'on' if row['uboo'] else 'off'}: {', '.join(shown)}"
+    heading = f"{row['case']} B {row['B']} T {row['T']} UBÖO {'on' if row['uboo'] else 'off'}:"
+    return textwrap.fill(f"{heading} {', '.join(shown)}", width=WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default=",".join(DEFAULT), help="cases, separated by commas")
     parser.add_argument("--list", action="store_true", help="show the cases")
-    parser.add_argument("--output", type=Path, help="the JSON file; benchmarks/results/train_step_<gpu>.json")
+    parser.add_argument("--output", type=output_file, help="the JSON file; benchmarks/results/train_step_<gpu>.json")
     parser.add_argument("--profile", action="store_true", help="print the kernels of one step more")
-    parser.add_argument("--set", action="append", default=[], help="network.NAME=VALUE, model.… or trainer.…: a row of its own name")
-    parser.add_argument("--batch", type=int, default=0, help="B, in the place of the cases' own")
-    parser.add_argument("--warmup", type=int, default=0, help="steps before the clock, in the place of the cases' own")
-    parser.add_argument("--steps", type=int, default=0, help="steps under the clock, in the place of the cases' own")
+    parser.add_argument(
+        "--set", action="append", default=[], help="network.NAME=VALUE (or model.network.NAME), model.… or trainer.…: a row of its own name"
+    )
+    parser.add_argument("--batch", type=whole_number, help="B, in the place of the cases' own")
+    parser.add_argument("--warmup", type=whole_number, help="steps before the clock, in the place of the cases' own")
+    parser.add_argument("--steps", type=whole_number, help="steps under the clock, in the place of the cases' own")
     parser.add_argument("--memory-gib", type=float, default=79.0, help="GPU memory to use at most, an H100's by default; 0 for all")
-    parser.add_argument("--seconds", type=float, default=400.0, help="the longest that a case may take")
+    parser.add_argument("--seconds", type=seconds, default=400.0, help="the longest that a case may take")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    if not 0 <= options.memory_gib < float("inf"):
+        parser.error(f"--memory-gib: {options.memory_gib} is no memory; 0 takes all of the GPU's")
     options.names = options.only.split(",")
     for name in options.names:
         if name not in CASES:
-            parser.error(f"--only: no case {name}; there are {', '.join(CASES)}")
+            nearest = did_you_mean(nearest_name(name, CASES, cutoff=0.5)) or f"; there are {', '.join(CASES)}"
+            parser.error(f"--only: no case {name}{nearest}")
         try:
-            CASES[name].changed(options.set)
+            check_settings(CASES[name].changed(options.set), options.set)
         except ValueError as error:
             parser.error(f"--set: {error}")
         if device().type == "cpu" and not (name.startswith("tiny") or options.list or options.worker):
@@ -157,13 +170,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("\n".join(f"{case.name:22s}{'*' if case.name in DEFAULT else ' '} {case.what}" for case in CASES.values()))
         return 0
     place = machine(device())
+    command = command_line(PROGRAM, arguments)
     output = options.output or RESULTS / f"train_step_{short_name(place['gpu'])}.json"
     print(f"{place['gpu']}, torch {place['torch']}, triton {place['triton']}, {place['date']}", flush=True)
-    rows: list[Row] = json.loads(output.read_text()) if output.exists() else []
+    with one_line_errors():
+        rows: list[Row] = read_rows(output) if output.exists() else []
     failed = False
     for name in options.names:
         begin = time.monotonic()
-        found = rows_of(name, options, place)
+        found = [row | {"command": command} for row in rows_of(name, options, place)]
         failed |= any("failed" in row for row in found)
         print("\n".join(map(line, found)) + f" ({time.monotonic() - begin:.0f} s)", flush=True)
         rows = [row for row in rows if row["case"] != found[0]["case"]] + found

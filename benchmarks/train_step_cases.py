@@ -1,12 +1,15 @@
 """What `train_step.py` can measure: which network, which batch, how trained."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from inspect import signature
 from typing import Any
 
 import yaml
 
 from mmrec.commandline.configs import config_layers, merge
+from mmrec.config import MMRecConfig
+from mmrec.nearest import did_you_mean, nearest_name
 
 KINDS = ("step", "llama", "planning")
 
@@ -62,12 +65,37 @@ class Case:
         case = self
         for setting in settings:
             key, equals, value = setting.partition("=")
+            key = key.removeprefix("model.") if key.startswith("model.network.") else key  # as `fit` spells it
             group, _, name = key.partition(".")
             if not (equals and name and group in ("network", "model", "trainer")):
                 raise ValueError(f"{setting} is no setting; give network.NAME=VALUE, model.NAME=VALUE or trainer.NAME=VALUE")
-            fields = getattr(case, group) | {name: yaml.safe_load(value)}
-            case = replace(case, name=f"{case.name} {setting}", **{group: fields})
+            changed = getattr(case, group) | {name: yaml.safe_load(value)}
+            case = replace(case, name=f"{case.name} {group}.{name}={value}", **{group: changed})
         return case
+
+
+def check_settings(case: Case, settings: Sequence[str]) -> None:
+    """Raise where one of `settings`, which `case` was changed by, names nothing, or the network cannot be built with them.
+
+    Raises:
+        ValueError: in one line, with the nearest name.
+    """
+    if not settings:
+        return
+    from lightning.pytorch import Trainer
+
+    from lightning_modules import MMRecLightningModule
+
+    known = {
+        "network": {known.name for known in fields(MMRecConfig)},
+        "model": set(signature(MMRecLightningModule).parameters) - {"network"},
+        "trainer": set(signature(Trainer).parameters),
+    }
+    for group, names in known.items():
+        for name in getattr(case, group):
+            if name not in names:
+                raise ValueError(f"no {group}.{name}{did_you_mean(f'{group}.{nearest_name(name, names)}')}")
+    MMRecConfig(**case.settings()["network"])
 
 
 GRAPH, EAGER = {"cuda_graph": True}, {"cuda_graph": False}

@@ -150,6 +150,7 @@ def training_steps(case: Case, batch: int, began: float, profiled: bool, where: 
         "first_step_s": clock.first_ended - began if case.cold else None,
         "first_step_of_fit_s": clock.first_ended - fitted,
         "loss": float(trainer.callback_metrics["train/loss"]) if "train/loss" in trainer.callback_metrics else None,
+        "loss_step": clock.total,  # losses of different numbers of steps are not to be compared: a profiled case takes one more
     }
 
 

@@ -22,6 +22,7 @@ from operator_cases import Timing, moved_bytes
 from processes import map_in_processes
 from tuning_shapes import Forced, Kernels, Key, Options, Prepared, compile_one, is_plan, rows_read, tuned_shapes, using
 
+from mmrec.commandline.plain_parser import PlainParser
 from mmrec.files import write_atomically
 from mmrec.measuring.clocks import median_ms, replayed_ms
 from mmrec.measuring.failures import Failure, guarded, reason_of
@@ -178,7 +179,7 @@ def report(row: Row, chosen: Result | None) -> None:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser = PlainParser(description=__doc__)
     parser.add_argument("--only", help="operators or kernels, separated by commas: linear_scan,gated_scan.backward")
     parser.add_argument("--rows", help="shape classes, separated by commas: 512,512_few; all of them otherwise")
     parser.add_argument("--candidates", type=Path, default=CANDIDATES, help="JSON: kernel → shape class → list of options")

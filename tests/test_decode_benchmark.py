@@ -15,7 +15,7 @@ from mmrec.model import MMRecModel
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 KEYS = {
     "what", "B", "context", "chunk_size", "D", "H", "L", "ms", "floor_ms", "share_of_floor", "tokens_per_s", "peak_mib", "bytes",
-    "copy_tbps", "path", "torch", "triton", "gpu", "date",
+    "copy_tbps", "path", "torch", "triton", "gpu", "date", "size", "precision", "command",
 }  # fmt: skip
 
 
@@ -23,7 +23,7 @@ KEYS = {
 def scripts(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The benchmark's modules, which import each other as scripts of one folder do; gone from the interpreter afterwards."""
     monkeypatch.syspath_prepend(str(FOLDER))
-    loaded: dict[str, ModuleType] = {name: __import__(name) for name in ("decode", "decode_tiles")}
+    loaded: dict[str, ModuleType] = {name: __import__(name) for name in ("decode", "decode_options", "decode_tiles")}
     yield SimpleNamespace(**loaded)
     for name in [name for name, module in sys.modules.items() if str(FOLDER) in str(getattr(module, "__file__", ""))]:
         del sys.modules[name]
@@ -42,6 +42,8 @@ def test_a_run_writes_complete_rows(brief: SimpleNamespace, tmp_path: Path) -> N
     assert brief.decode.main(["--longest", "100", "--precision", "bf16", "--output", str(output)]) == 0
     rows = json.loads(output.read_text())
     decoded = [row for row in rows if row["what"] == "decode"]
+    assert {row["command"] for row in rows} == {"python benchmarks/decode.py --longest 100 --precision bf16 --output decode.json"}
+    assert all(row["limit"] == brief.decode_options.limit_of(row["error_of_step"]) for row in rows if row["what"] == "parity")
     assert {row["what"] for row in rows} == {"parity", "decode", "generate", "prefill"}
     assert [row["context"] for row in decoded if row["B"] == 1][-2:] == [1, 100]
     assert {row["context"] for row in rows if row["what"] == "prefill"} == {25, 50, 100}
@@ -50,6 +52,41 @@ def test_a_run_writes_complete_rows(brief: SimpleNamespace, tmp_path: Path) -> N
         assert row["share_of_floor"] == pytest.approx(row["floor_ms"] / row["ms"])
         assert row["floor_ms"] == pytest.approx(row["bytes"] / 0.01e12 * 1e3)
         assert row["peak_mib"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the CPU's form of the benchmark")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ([], "no CUDA device; --size tiny --output FILE decodes a tiny network on the CPU"),
+        (["--output", "missing/decode.json"], "--output: no folder missing; make it first"),
+        (["--output", "."], "--output: . is a folder"),
+        (["--size", "tiny", "--longest", "0"], "--longest: '0' is no whole number of at least 1"),
+        (["--size", "7b", "--output", "new.json"], "decoding with 7b in fp32 and its fp32 copy needs about "),
+        (["--size", "tiny", "--sweep", "--output", "new.json"], "no sweep: the network lies on cpu"),
+        (["--size", "tiny", "--output", "held.json"], "held.json holds rows of another network (D 4096, H 32); give another file"),
+        (["--size", "tiny", "--output", "broken.json"], "broken.json is no JSON"),
+        (["--sise", "tiny"], "unknown option --sise; did you mean --size?"),
+    ],
+)
+def test_what_is_refused_is_one_line(
+    brief: SimpleNamespace,
+    options: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mmrec.scripts.device_memory.free_bytes", lambda where: 2**33)
+    Path("held.json").write_text(json.dumps([{"what": "decode", "D": 4096, "H": 32}]))
+    Path("broken.json").write_text("{")
+    with pytest.raises(SystemExit) as end:
+        brief.decode.main(options)
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert not Path("new.json").exists()
 
 
 def test_the_floor_by_hand(scripts: SimpleNamespace) -> None:

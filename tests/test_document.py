@@ -23,7 +23,9 @@ def document(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script, whose modules import each other as scripts of one folder do; gone from the interpreter afterwards."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     yield __import__("document")
-    for name in [name for name in sys.modules if name == "document" or name.startswith("document_")]:
+    for name in [
+        name for name in sys.modules if name == "document" or name.startswith(("document_", "decode_options", "train_step_cases"))
+    ]:
         del sys.modules[name]
 
 
@@ -143,15 +145,20 @@ def test_hem_is_told_with_its_parts_and_its_place(document: ModuleType, tmp_path
         hem_row("block", True, 7.5) | {"H": 8},
     ]
     made = written(document, tmp_path, hem_h100=rows)
-    assert "| One block, forward, ms | 10.00 (9.50 … 10.50) | 8.00 | 7.00 | −30 … −40 % | −30.0 % | −12.5 % |" in made
-    assert "| Forward pass, 24 layers, ms | 250.00 | – | 175.00 | – | −30.0 % | – |" in made
+    assert "| One block, forward, ms | 10.00 (9.50 … 10.50) | 8.00 | 7.00 | −30 … −40 % | −30.0 % | yes | −12.5 % |" in made
+    assert "| Forward pass, 24 layers, ms | 250.00 | – | 175.00 | – | −30.0 % | – | – |" in made
     assert "| One block, forward, HEM | 7.00 | 6.50 | 1.08 × |" in made
     assert "| Launches of the projections, one block's forward | 6 | 1 | −83.3 % | 6 | 6 | 1 | −83.3 % |" in made
     assert "| All, MB (the prediction leaves the outputs out) | 603.99 | 268.44 | −55.6 % | 1,000.00 | 600.00 | −40.0 % |" in made
-    assert "*No figure of ncu: no ncu on PATH.*" in made
+    assert "*ncu's count: no ncu on PATH.*" in made
     assert "Measured on NVIDIA H100 80GB HBM3 with torch 2.11.0 and Triton 3.6.0, 2026-11-25; it stands in for the A100 80 GB" in made
-    assert "`python -m mmrec.scripts.benchmark_hem --size 7b --num-heads 8 --batch 4 --seq-len 2048 --precision bf16`" in made
-    assert "| HEM: one block's latency, all of it against eager code | −30 … −40 % | −30.0 % |" in made
+    assert "`python -m mmrec.scripts.benchmark_hem --size 7b --num-heads 8 --batch 4 --seq-len 2048 --precision bf16 --only block " in made
+    assert "| HEM, 32 heads: one block's latency, all of it against eager code | −30 … −40 % | −30.0 % | yes |" in made
+    assert "| HEM, 8 heads: one block's latency, all of it against eager code | −30 … −40 % | – | – |" in made
+    assert "- **Setting A**: B 4 × T 2048, D 4096, 32 heads, bf16, UBÖO off." in made
+    assert re.search(
+        r"\*\*Setting B\*\*: .*8 heads.*\n  Not measured yet: the forward of 24 layers .*--num-heads 8 .*--only forward --append", made
+    )
     assert "nan" not in made
 
 
@@ -168,7 +175,7 @@ def test_the_network_is_told_by_its_forward_and_its_layers(document: ModuleType,
     assert "| Model forward against layers × block + head | 1.05 × |" in made  # 180 / (24 · 7 + 3)
     assert "| Model forward against its matrix products alone | 1.12 × |" in made
     assert "| Latency of a layer within the forward, ms | 6.90 … 7.10, mean 7.00 |" in made
-    assert "`python -m mmrec.scripts.real_benchmark --size 7b --num-heads 32 --batch 4 --seq-len 2048 --precision bf16`" in made
+    assert "`python -m mmrec.scripts.real_benchmark --size 7b --num-heads 32 --batch 4 --seq-len 2048 --precision bf16 --output " in made
 
 
 def test_rows_that_lack_keys_leave_dashes(document: ModuleType, tmp_path: Path) -> None:
@@ -177,7 +184,7 @@ def test_rows_that_lack_keys_leave_dashes(document: ModuleType, tmp_path: Path) 
         decode_h100=[{"what": "decode"}], benchmark_results_h100=[{"what": "block"}],
         convergence_h100=[{"study": "protocol", "uboo": "off"}, {"study": "uboo"}, {"study": "finalist"}], hem_h100=[{"what": "block"}],
     )  # fmt: skip
-    assert "| decode | – | – | – | – | – | – | – | – | – | – |" in made
+    assert "| decode | – | – | – | – | – | – | – | – | – | – | – |" in made
     assert "Traceback" not in made
 
 
@@ -235,15 +242,15 @@ def test_training_decoding_and_the_study_are_filled(document: ModuleType, tmp_pa
         convergence_h100=study,
     )
     shape = "| `370m`: compiled blocks | 369 | off | B 8 × T 2048 | bf16-mixed, adamw, compiled "
-    assert f"{shape}| 200,000 | 81.9 | 12.0 | 45.7 % | 40.0 | 30.0 | llama 95,700 |" in made
+    assert f"{shape}| 200,000 | 81.9 | 12.0 | 45.7 % | 40.0 | 30.0 | – | llama 95,700 |" in made
     assert "*Not measured: `1b3`: OutOfMemoryError: 80 GiB.*" in made
     assert "| Weights, GiB | 1.50 | 12.30 | 13.80 | +1.50 | +12.2 % |" in made
     assert "| Activations, GiB | 0.25 | 40.00 | 41.00 | +1.00 | +2.5 % |" in made
     assert "nothing recomputed, to 24 layers, in a straight line from 2 and 6. Measured on NVIDIA H100" in made
-    assert "| UBÖO: memory of a training step at 7B | +8 … +10 % (1.5 … 2 GB) | +10.0 % (7.00 GiB) |" in made
+    assert "| UBÖO: memory of a training step at 7B | +8 … +10 % (1.5 … 2 GB) | +10.0 % (7.00 GiB) | yes |" in made
     assert "*One sequence, 1 to 1,000,000 tokens read: the slowest token takes 2.0 % more than the fastest.*" in made
     assert "*Logits against an fp32 copy's, 1 settings: 0 missed.*" in made
-    assert "| decode | fused | L 24, D 4096, H 32 | 1 | 1,000,000 | – | 5.000 | 4.400 | 88 % | – | – |" in made
+    assert "| decode | fused | L 24, D 4096, H 32 | – | 1 | 1,000,000 | – | 5.000 | 4.400 | 88 % | – | – |" in made
     assert "| 10,000 (10,000 … 10,000) | 9,000 (9,000 … 9,000) | 8,000 (8,000 … 8,001) | −20 … −30 % | −10.0 % | −20.0 % |" in made
     assert "books instead of C4, 10,000 steps, 82 M tokens, 2 seeds" in made
 
@@ -255,6 +262,59 @@ def test_the_newest_file_of_a_gpu_is_taken_and_no_cpus(document: ModuleType, tmp
     assert "[hem_h100.json]" in made
     assert "[hem_h200.json]" not in made
     assert "hem_cpu" not in made
+
+
+def test_a_graph_and_a_setting_are_told(document: ModuleType, tmp_path: Path) -> None:
+    eager = {"case": "370m_eager", "ms_per_step": 100.0, "loss": 8.96, "loss_step": 25, "cuda_graph": False} | PLACE
+    graph = eager | {"case": "370m network.loss_chunk_size=8192", "cuda_graph": True, "precision": "bf16-mixed"}
+    made = written(document, tmp_path, train_step_h100=[eager, graph])
+    assert (
+        "`python benchmarks/train_step.py --only 370m_eager`, `python benchmarks/train_step.py --only 370m --set network.loss_chunk" in made
+    )
+    assert "| bf16-mixed, CUDA graph |" in made
+    assert "| 8.9600 (25) |" in made
+    said = "ran as a CUDA graph, whose gradients have not yet been shown equal to autograd's on a GPU ([log.md](log.md), 2026-11-25)"
+    assert f"*`370m network.loss_chunk_size=8192` {said}" in made
+    assert "2026-11-25: a block, decoding and a training step" in (DOCS / "log.md").read_text(encoding="utf-8")
+    assert "whose gradients have not" not in written(document, tmp_path, train_step_h100=[eager])
+    given = eager | {"command": "python benchmarks/train_step.py --only 370m_eager --profile"}
+    assert "written by `python benchmarks/train_step.py --only 370m_eager --profile`." in written(
+        document, tmp_path, train_step_h100=[given]
+    )
+
+
+def test_times_whose_ranges_overlap_are_no_difference(document: ModuleType) -> None:
+    module = sys.modules["document_markdown"]
+    first = {"ms": 7.40, "fastest_ms": 7.23, "slowest_ms": 7.61}
+    assert module.change_of_times(first, {"ms": 7.39, "fastest_ms": 7.25, "slowest_ms": 7.40}) == "within the range"
+    assert module.change_of_times(first, {"ms": 7.10, "fastest_ms": 7.00, "slowest_ms": 7.20}) == "−4.1 %"
+    assert module.change(7.4, 7.3999) == "0.0 %"
+
+
+def test_a_file_with_the_sections_own_setting_goes_before_a_newer_one(
+    document: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [hem_row("block", True, 1.0) | {"D": 1024, "date": "2026-12-01", "gpu": "NVIDIA H200"}]
+    made = written(document, tmp_path, hem_h200=small, hem_h100=[hem_row("block", True, 3.0)])
+    assert "[hem_h100.json]" in made
+    printed = capsys.readouterr().out
+    assert "hem_h200.json: ignored: no row of D 4096, which hem_h100.json has" in printed
+    assert "hem_h100.json: used" in printed
+    assert document.main(["--results", str(tmp_path), "--output", str(tmp_path / "made.md"), "--gpu", "h200"]) == 0
+    assert "hem_h100.json: ignored: of NVIDIA H100 80GB HBM3, not of h200" in capsys.readouterr().out
+    assert "[hem_h200.json]" in (tmp_path / "made.md").read_text(encoding="utf-8")
+
+
+def test_the_top_says_what_is_measured_and_what_is_owed(document: ModuleType, tmp_path: Path) -> None:
+    made = written(document, tmp_path, hem_h100=[hem_row("block", True, 3.0)])
+    assert "| 1.1 HEM | NVIDIA H100 80GB HBM3, 2026-11-25 | the forward of 24 layers; bytes counted by ncu |" in made
+    assert "| 4.1 The network as it is | – | all of it |" in made
+
+
+def test_the_memory_of_a_gpu_is_the_estimates(document: ModuleType) -> None:
+    training, decoding = (getattr(sys.modules["document_environment"], f"gpu_for_{name}")() for name in ("training", "decoding"))
+    assert (training.card, decoding.card) == (80, 16)
+    assert "61.6 GB" in training.why
 
 
 def test_what_is_not_measured_says_which_command_would(document: ModuleType, tmp_path: Path) -> None:

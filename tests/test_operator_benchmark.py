@@ -200,4 +200,4 @@ def test_a_gpu_is_needed_for_more(scripts: SimpleNamespace, capsys: pytest.Captu
     assert "no CUDA device; --quick runs tiny shapes on the CPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         scripts.operators.main(["--quick", "--only", "linear_scam"])
-    assert "no operator linear_scam; there are linear_scan" in capsys.readouterr().err
+    assert "no operator linear_scam; did you mean linear_scan?" in capsys.readouterr().err

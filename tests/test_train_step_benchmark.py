@@ -47,6 +47,8 @@ def test_the_tiny_cases_run_on_a_cpu(tmp_path: Path) -> None:
     assert step["tokens_per_s"] == pytest.approx(2 * 64 / step["ms_per_step"] * 1e3)
     assert step["mfu"] is None  # no such peak of a CPU
     assert step["peak_gib"] > 0
+    assert step["loss_step"] == 1 + 2 + 3 + 1 + 1  # warm-up, timed, the host's, profiled, the one that logs
+    assert step["command"].startswith("python benchmarks/train_step.py --only tiny,tiny_planning --output rows.json --profile ")
     assert (off["uboo"], on["uboo"]) == (False, True)
     config = MMRecConfig(vocab_size=4096, model_dim=128, num_layers=2, num_heads=2)
     assert off["params_m"] == pytest.approx(MMRecModel(config).num_parameters(training_only=False) / 1e6)
@@ -65,7 +67,7 @@ def test_a_failure_is_a_row_with_its_reason(tmp_path: Path) -> None:
 
 
 def test_bad_cases_are_named() -> None:
-    assert "no case 371m; there are 370m" in run("--only", "371m").stderr
+    assert "no case 371m; did you mean 370m?" in run("--only", "371m").stderr
     assert "no CUDA device for 370m; --only tiny" in run("--only", "370m").stderr
 
 
@@ -76,6 +78,30 @@ def test_a_setting_makes_a_row_of_its_own(train_step: ModuleType) -> None:
     assert settings["network"]["loss_chunk_size"] == 8192
     assert settings["model"]["compile_blocks"] is False
     assert "--set: compile_blocks=1 is no setting; give network.NAME=VALUE" in run("--only", "tiny", "--set", "compile_blocks=1").stderr
+    spelt_as_in_fit = train_step.CASES["370m"].changed(["model.network.pe_dim=512"])
+    assert (spelt_as_in_fit.name, spelt_as_in_fit.settings()["network"]["pe_dim"]) == ("370m network.pe_dim=512", 512)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--set", "model.network.pe_dims=3"], "--set: no network.pe_dims; did you mean network.pe_dim?"),
+        (["--set", "model.compile_block=true"], "--set: no model.compile_block; did you mean model.compile_blocks?"),
+        (["--set", "trainer.precison=16"], "--set: no trainer.precison; did you mean trainer.precision?"),
+        (["--set", "network.pe_dim=0"], "--set: pe_dim is 0; give a whole number of at least 1"),
+        (["--batch", "0"], "--batch: '0' is no whole number of at least 1"),
+        (["--seconds", "0"], "--seconds: '0' is no number of seconds above 0"),
+        (["--memory-gib", "-1"], "--memory-gib: -1.0 is no memory"),
+        (["--output", "missing/rows.json"], "--output: no folder missing; make it first"),
+        (["--stepps", "3"], "unknown option --stepps; did you mean --steps?"),
+    ],
+)
+def test_bad_options_are_one_line(train_step: ModuleType, options: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        train_step.main(["--only", "tiny", *options])
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
 
 
 def test_every_case_can_be_built(train_step: ModuleType) -> None:

@@ -84,8 +84,7 @@ def _parts(sheet: Sheet, width: int) -> list[list[int]]:
     first, rows = len(sheet.names), _whole(sheet)
     whole = [max(cell_len(sheet.names[column]), *(cell_len(row[column]) for row in rows), 0) for column in range(first)]
     needed = [
-        max(*map(cell_len, _lines(title)), *(cell_len(row[first + column]) for row in rows), 0)
-        for column, title in enumerate(sheet.values)
+        max(*map(cell_len, _lines(title)), *(cell_len(row[first + column]) for row in rows), 0) for column, title in enumerate(sheet.values)
     ]
     everything = sum(whole) + sum(needed) + _FRAME * (len(whole) + len(needed)) + 1
     if everything <= width:

@@ -88,7 +88,7 @@ def run_benchmark(settings: Settings, measure: Callable[[Run], None], table: Cal
         torch.cuda.set_device(where)
     require_room(settings)
     torch.manual_seed(0)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         run = Run(settings, progress)
         print(_heading(run), flush=True)
@@ -132,5 +132,5 @@ def _verdict(run: Run) -> int:
     for name in found["missed"]:
         print(f"PARITY MISS: {name}: {found['errors'][name]:.2e} > {found['limit']:.0e}, one projection against six")
     largest = f"largest error {found['largest']:.1e} of {found['limit']:.0e}, {found['of']}"
-    print(f"parity of one projection and six: {len(found['errors'])} tensors, {len(found['missed'])} missed; {largest}")
+    print(f"parity of one projection and six: {len(found['errors'])} tensors, {len(found['missed'])} missed\n  {largest}")
     return 1 if found["missed"] else 0

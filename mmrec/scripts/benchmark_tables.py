@@ -35,7 +35,7 @@ def hem_table(rows: Sequence[Row]) -> Sheet:
         other = on.get((row["what"].removesuffix(FUSED_REST), row["direction"]))
         if row["hem"] or other is None:
             continue
-        rest = "passes fused either way" if row["what"].endswith(FUSED_REST) else "off with eager passes"
+        rest = "fused passes" if row["what"].endswith(FUSED_REST) else "eager passes"
         lines.append((f"{row['what'].removesuffix(FUSED_REST)} {row['direction']}, {rest}",))
         metrics: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
             ("ms", ".3f", lambda r: r["ms"]),
@@ -51,12 +51,15 @@ def hem_table(rows: Sequence[Row]) -> Sheet:
             before, after = value(row), value(other)
             if before is None and after is None:
                 continue
-            change = "–" if not before or after is None else f"{100 * (after / before - 1):+.1f} %"
+            change = "–" if not before or after is None else f"{round(100 * (after / before - 1), 1) + 0.0:+.1f} %"
             lines.append((f"  {metric}", _number(before, form), _number(after, form), change))
             if metric == "ms":
                 lines.append(("  fastest … slowest round", _spread(row), _spread(other), ""))
         ends.append(len(lines) - 1)
-    note = "Off: six projections; on: one. Products: the same matrix products alone. MB by arithmetic unless by ncu; launches of a forward."
+    note = (
+        "Off: six projections, the passes around them eager or fused; on: one projection, fused passes. Products: the same matrix "
+        "products alone. MB by arithmetic unless by ncu; launches of a forward."
+    )
     return Sheet("HEM off and on", ("metric",), ("off", "on", "change"), lines, ends, note)
 
 

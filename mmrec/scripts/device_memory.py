@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.memory_estimate import Estimate, estimate
 from mmrec.config import MMRecConfig
-from mmrec.scripts.benchmark_options import PRESETS, Settings, preset
+from mmrec.scripts.benchmark_options import DTYPES, PARTS, PRESETS, Settings, preset
 
 GIB = 2**30
 _FLOAT64_COPIES = 3  # of a matrix and its gradients, while two blocks are compared
@@ -39,6 +40,33 @@ def require_room(settings: Settings) -> None:
     needed, free = needed_bytes(settings), free_bytes(settings.where)
     if needed > free:
         raise BadInputError(too_large(settings, f"need about {needed / GIB:.2f} GiB, {settings.where} has {free / GIB:.2f} GiB free", free))
+
+
+def require_decoding_room(size: str, precision: str, where: torch.device, chunk_size: int, batch: int) -> None:
+    """Raise unless a shipped config's network, its fp32 copy for the parity, and a chunk of a prompt fit.
+
+    Raises:
+        BadInputError: in one line, with sizes that would fit.
+    """
+
+    def needed(size: str) -> int:
+        asked = Settings(
+            config=preset(size), batch=1, seq_len=chunk_size, precision=precision, where=where, repeat=1, parts=PARTS, output=Path()
+        )
+        parameters = _estimate(asked, asked.config).parameters
+        state = batch * asked.config.num_layers * asked.config.model_dim * (1 + asked.config.head_dim) * 4
+        return parameters * (DTYPES[precision].itemsize + 4) + _one_block(asked).activations + 4 * state
+
+    free = free_bytes(where)
+    if needed(size) <= free:
+        return
+    names = list(PRESETS)
+    fitting = [f"--size {name}" for name in names[names.index(size) + 1 :] if needed(name) <= free]
+    remedy = f"these would fit: {', '.join(fitting)}" if fitting else "no shipped size would fit"
+    raise BadInputError(
+        f"decoding with {size} in {precision} and its fp32 copy needs about {needed(size) / GIB:.2f} GiB, {where} has "
+        f"{free / GIB:.2f} GiB free; {remedy}"
+    )
 
 
 def too_large(settings: Settings, fault: str, free: int) -> str:

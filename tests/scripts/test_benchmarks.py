@@ -98,7 +98,9 @@ def test_hem_is_measured_off_and_on(uboo: bool, capsys: pytest.CaptureFixture[st
     assert timed[0]["bytes"] == 4 * ((4 * 32 * 32 + 2 * 32 * 8) + 16 * (5 * 32 + 8) + 16 * (5 * 32 + 8))
     assert timed[1]["bytes"] == 4 * (32 * (5 * 32 + 8) + 16 * 32 + 16 * (5 * 32 + 8))
     assert timed[3]["bytes"] == 3 * timed[1]["bytes"]
-    assert "block fwd: projection launches, forward" in printed
+    assert "block fwd, eager passes" in printed
+    assert "block fwd, fused passes" in printed
+    assert {row["command"].split()[:3][-1] for row in rows} == {"mmrec.scripts.benchmark_hem"}
 
 
 def test_the_network_is_measured_layer_by_layer() -> None:
@@ -137,6 +139,15 @@ def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch, caps
         assert f"{row['ms']:.3f}" in wide
         assert f"{row['fastest_ms']:.3f} … {row['slowest_ms']:.3f}" in wide
         assert f"{row['tokens_per_s']:,.0f}" in wide
+
+
+def test_a_piped_table_keeps_to_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    rows_of(benchmark_hem, "--only", "block", "--ncu")
+    captured = capsys.readouterr()
+    assert all(len(line) <= 80 for line in captured.out.splitlines() if "│" in line)
+    assert "no bytes by ncu: no CUDA device" in captured.out
+    assert " ".join(captured.out.split()).count("Off: six projections,") == 1
 
 
 def test_the_profilers_own_lines_are_left_out_and_no_others(capfd: pytest.CaptureFixture[str]) -> None:
@@ -211,6 +222,7 @@ def test_memory_that_runs_out_all_the_same_is_one_line(monkeypatch: pytest.Monke
     ("options", "said"),
     [
         (["--num-heads", "3"], "num_heads = 3 does not divide model_dim = 32"),
+        (["--output", "missing/x.json"], "--output: no folder missing; make it first"),
         (["--batch", "0"], "--batch: '0' is no whole number of at least 1"),
         (["--size", "8b"], "--size: invalid choice: '8b' (choose from "),
         (["--device", "tpu"], "--device: 'tpu' is no device of ours"),
