@@ -60,7 +60,7 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(model_dim=16, num_heads=2, num_layers=2)
     with pytest.raises(ValueError, match="batch_size is 0"):
         Decoder(model, 0)
-    monkeypatch.setattr(decoder, "unsupported", lambda *_: "the reason")
+    monkeypatch.setattr(decoder, "_unsupported", lambda *_: "the reason")
     with pytest.raises(ValueError, match="cannot run: the reason"):
         Decoder(model, fused=True)
     used = Decoder(model, 2)
