@@ -10,7 +10,8 @@ import torch
 from mmrec.commandline.errors import BadInputError
 from mmrec.core.memory import BlockState
 from mmrec.decoding import Decoder, tiles
-from mmrec.decoding.fused_step import FusedStep, Launch, unsupported
+from mmrec.decoding.fused_step import FusedStep, Launch
+from mmrec.decoding.support import unsupported
 from mmrec.files import write_atomically
 from mmrec.measuring.errors import relative_error
 from mmrec.measuring.failures import Failure, guarded

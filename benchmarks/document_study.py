@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
-from document_sources import STUDY, Results, Row, groups, with_values
+from document_sources import STUDY, Measured, Results, Row, groups, with_values
 
 ARMS = ("off", "mse", "normalized")
 METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
@@ -34,8 +34,7 @@ def over_seeds(rows: Sequence[Row], value: Callable[[Row], float | None], form: 
 @table
 def uboo_convergence(results: Results) -> str:
     """§1.2.1: the founding document's protocol."""
-    measured = results.of(STUDY)
-    rows = list(with_values(measured.rows, study="protocol")) if measured else []
+    measured, rows = _study(results, "protocol")
 
     def body(rows: Sequence[Row]) -> str:
         arms = {arm: list(with_values(rows, uboo=arm)) for arm in ARMS}
@@ -47,7 +46,7 @@ def uboo_convergence(results: Results) -> str:
         titles = ("metric", "UBÖO off", "UBÖO `mse`", "UBÖO `normalized`", "predicted", "measured: `mse`", "measured: `normalized`")
         return markdown(titles, lines)
 
-    if measured is None or not rows:
+    if measured is None:
         return captioned(body([]), owed_caption(STUDY))
     parts = []
     for (parameters, steps, tokens), found in groups(rows, lambda row: tuple(row.get(key) for key in ("params_m", "steps", "tokens_m"))):
@@ -60,12 +59,18 @@ def uboo_convergence(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _study(results: Results, name: str) -> tuple[Measured | None, list[Row]]:
+    """The rows of one of the studies, and the file they are from; None where there is no such row."""
+    measured = results.of(STUDY)
+    rows = list(with_values(measured.rows, study=name)) if measured else []
+    return (measured if rows else None), rows
+
+
 @table
 def uboo_variants(results: Results) -> str:
     """§1.2.1: one factor at a time."""
-    measured = results.of(STUDY)
-    rows = list(with_values(measured.rows, study="uboo")) if measured else []
-    if measured is None or not rows:
+    measured, rows = _study(results, "uboo")
+    if measured is None:
         return captioned("", owed_caption(STUDY))
     off = mean_of([row for row in rows if row.get("uboo") == "off"], lambda row: row.get("val_loss"))
     lines = []
@@ -83,9 +88,8 @@ def uboo_variants(results: Results) -> str:
 @table
 def finalists(results: Results) -> str:
     """§1.2.1: the network against others of equal size."""
-    measured = results.of(STUDY)
-    rows = list(with_values(measured.rows, study="finalist")) if measured else []
-    if measured is None or not rows:
+    measured, rows = _study(results, "finalist")
+    if measured is None:
         return captioned("", owed_caption(STUDY))
     lines = []
     for (model, variant, parameters, tokens), found in groups(

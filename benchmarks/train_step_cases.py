@@ -122,6 +122,24 @@ _7B = Case(
     warmup=4,
     steps=8,
 )
+_PLANNING = replace(
+    _7B,
+    name="7b_planning",
+    what="UBÖO off and on at 7B: bytes and times of 2 and 6 layers, from them 24",
+    kind="planning",
+    model={},
+    network={"activation_checkpointing": False},
+)
+_TINY = Case(
+    name="tiny",
+    what="a network for a CPU, to try the script",
+    config="cpu_tiny",
+    batches=(2,),
+    seq_len=64,
+    warmup=2,
+    steps=3,
+    trainer={"precision": "32-true"},
+)
 
 CASES = {
     case.name: case
@@ -165,54 +183,11 @@ CASES = {
             model={"optimizer": "adamw_bf16"},
         ),
         replace(_7B, name="7b_uboo", what="7.4 B: 7b_8bit with UBÖO on", network=_7B.network | ON),
-        replace(
-            _7B,
-            name="7b_planning",
-            what="UBÖO off and on at 7B: bytes and times of 2 and 6 layers, from them 24",
-            kind="planning",
-            model={},
-            network={"activation_checkpointing": False},
-        ),
-        replace(
-            _7B,
-            name="7b_planning_compiled",
-            what="7b_planning with compiled blocks",
-            kind="planning",
-            model=COMPILED,
-            network={"activation_checkpointing": False},
-        ),
-        Case(
-            name="tiny",
-            what="a network for a CPU, to try the script",
-            config="cpu_tiny",
-            batches=(2,),
-            seq_len=64,
-            warmup=2,
-            steps=3,
-            trainer={"precision": "32-true"},
-        ),
-        Case(
-            name="tiny_planning",
-            what="7b_planning's way, for a CPU",
-            config="cpu_tiny",
-            kind="planning",
-            batches=(2,),
-            seq_len=64,
-            warmup=1,
-            steps=2,
-            trainer={"precision": "32-true"},
-        ),
-        Case(
-            name="tiny_llama",
-            what="llama's way, for a CPU",
-            config="cpu_tiny",
-            kind="llama",
-            batches=(2,),
-            seq_len=64,
-            warmup=1,
-            steps=2,
-            trainer={"precision": "32-true"},
-        ),
+        _PLANNING,
+        replace(_PLANNING, name="7b_planning_compiled", what="7b_planning with compiled blocks", model=COMPILED),
+        _TINY,
+        replace(_TINY, name="tiny_planning", what="7b_planning's way, for a CPU", kind="planning", warmup=1, steps=2),
+        replace(_TINY, name="tiny_llama", what="llama's way, for a CPU", kind="llama", warmup=1, steps=2),
     )
 }
 # What the table asks for; the rest by name.

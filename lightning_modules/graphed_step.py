@@ -69,9 +69,7 @@ class GraphedStep:
         for name, tensor in given.items():
             captured.batch[name].copy_(tensor)
         captured.graph.replay()
-        loss, main, auxiliary, by_layer, count, _ = captured.output
-        # Copies: the next micro-batch overwrites these.
-        return LossOutput(loss.clone(), main.clone(), auxiliary.clone(), by_layer.clone(), count.clone(), {})
+        return LossOutput(*(value.clone() for value in captured.output[:5]), {})  # the next micro-batch overwrites them
 
     def close(self) -> None:
         """Give back the graphs' memory, the gradients' with it."""
@@ -84,11 +82,10 @@ class GraphedStep:
     def _eager(self, batch: Mapping[str, Tensor], first: bool, scale: float) -> LossOutput:
         if first:
             self._clear_gradients()
-        output = self._forward_and_backward(batch, scale)
-        return LossOutput(*(value.detach() for value in output[:5]), {})
+        return self._forward_and_backward(batch, scale).detach()
 
     def _clear_gradients(self) -> None:
-        """Zeros where a graph owns the gradients, nothing where none does."""
+        """Zeros where a graph owns the gradients, within a capture as part of it; nothing where none does, and the backward makes them."""
         if self._gradients:
             torch._foreach_zero_(list(self._gradients.values()))
             return
@@ -110,7 +107,7 @@ class GraphedStep:
 
     def _capture(self, batch: Mapping[str, Tensor], first: bool, scale: float) -> _Captured:
         """Record the step; nothing runs yet. A first micro-batch's gradients are made by the graph, later ones are added to those."""
-        if first and not self._gradients:
+        if first and not self._gradients:  # their memory is free before the graph's is taken
             self._clear_gradients()
         fixed = {name: tensor.clone() for name, tensor in batch.items()}
         torch.clear_autocast_cache()
@@ -119,7 +116,7 @@ class GraphedStep:
             # Other threads go on meanwhile: a loader's pins memory, which a capture in its default mode takes for an error of its own.
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 if first:
-                    self._start_gradients()
+                    self._clear_gradients()
                 output = self._forward_and_backward(fixed, scale)
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
@@ -127,9 +124,4 @@ class GraphedStep:
         self._pool = graph.pool()
         if not self._gradients:
             self._gradients = {p: p.grad for p in self.network.parameters() if p.grad is not None}
-        return _Captured(graph, fixed, LossOutput(*(value.detach() for value in output[:5]), {}))
-
-    def _start_gradients(self) -> None:
-        """Within a capture: another graph's gradients are set to zero in place; where there are none, the backward makes them."""
-        if self._gradients:
-            torch._foreach_zero_(list(self._gradients.values()))
+        return _Captured(graph, fixed, output.detach())

@@ -248,7 +248,7 @@ class MMRecLightningModule(LightningModule):
             output = self._graphed.run(batch, first=not self._micro_batches, scale=1 / self.trainer.accumulate_grad_batches)
             if self.diagnostics_wanted:
                 output = output._replace(diagnostics=self.network.diagnose(batch))
-        self.last_loss = _detach(output)
+        self.last_loss = output.detach()
         self._micro_batches.append(self.last_loss)
         self._unreduced_tokens += batch["input_ids"].numel()
         self.log("train/loss", self.last_loss.loss, logger=False)  # for callbacks that monitor; the loggers get the mean of the step
@@ -389,8 +389,3 @@ class MMRecLightningModule(LightningModule):
                 checkpoint["optimizer_states"] = [whole_state(state) for state in checkpoint["optimizer_states"]]
         self.tokens_seen = checkpoint.get("tokens_seen", 0)
         self._unreduced_tokens = 0
-
-
-def _detach(output: LossOutput) -> LossOutput:
-    diagnostics = {name: value.detach() for name, value in output.diagnostics.items()}
-    return LossOutput(*(value.detach() for value in output[:-1]), diagnostics)

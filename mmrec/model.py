@@ -16,7 +16,7 @@ from mmrec.core.cross_entropy import linear_cross_entropy
 from mmrec.core.memory import BlockState
 from mmrec.core.uboo import PlanningLoss
 
-_PLANNING_WEIGHTS = ("mdi.W_planning_error.weight", "mdi.W_planning_target.weight")
+PLANNING_WEIGHTS = ("mdi.W_planning_error.weight", "mdi.W_planning_target.weight")
 
 
 class LossOutput(NamedTuple):
@@ -37,6 +37,12 @@ class LossOutput(NamedTuple):
     auxiliary_by_layer: Tensor
     num_tokens: Tensor
     diagnostics: dict[str, Tensor]
+
+    def detach(self) -> "LossOutput":
+        """The same values without their history."""
+        loss, main, auxiliary, by_layer, count, diagnostics = self
+        found = {name: value.detach() for name, value in diagnostics.items()}
+        return LossOutput(loss.detach(), main.detach(), auxiliary.detach(), by_layer.detach(), count.detach(), found)
 
 
 class MMRecModel(nn.Module):
@@ -206,11 +212,11 @@ class MMRecModel(nn.Module):
 
     def num_parameters(self, training_only: bool = True) -> int:
         """How many weights there are; `training_only=False` leaves out UBÖO's projections, which only training needs."""
-        return sum(p.numel() for name, p in self.named_parameters() if training_only or not name.endswith(_PLANNING_WEIGHTS))
+        return sum(p.numel() for name, p in self.named_parameters() if training_only or not name.endswith(PLANNING_WEIGHTS))
 
     def inference_state_dict(self) -> dict[str, Tensor]:
         """The weights that inference needs: all but UBÖO's projections. They load into a network with `use_uboo=False`."""
-        return {name: value for name, value in self.state_dict().items() if not name.endswith(_PLANNING_WEIGHTS)}
+        return {name: value for name, value in self.state_dict().items() if not name.endswith(PLANNING_WEIGHTS)}
 
     def no_weight_decay_parameters(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone: norms, biases, gains, the gates' time constants."""

@@ -1,5 +1,7 @@
 """For tests of Triton kernels: the interpreter without its costliest habit, and the compiler without a GPU."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -34,6 +36,18 @@ def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return SimpleNamespace(restore=restore)
 
     monkeypatch.setattr(interpreter, "_patch_lang", once)
+
+
+def small_where_interpreted(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small: Callable[[], AbstractContextManager[None]]
+) -> Iterator[None]:
+    """Of a fixture around every test: those marked `interpreted` run within `small`, and without the interpreter's costliest habit."""
+    if request.node.get_closest_marker("interpreted") is None:
+        yield
+        return
+    patch_language_once(monkeypatch)
+    with small():
+        yield
 
 
 def compiled_for(architecture: int, kernel: Any, positional: tuple[Any, ...], named: dict[str, Any]) -> Any:

@@ -10,17 +10,15 @@ from mmrec.ops import rms_norm, rms_norm_branch
 class RMSNorm(nn.RMSNorm):
     """`nn.RMSNorm` over the last dimension by our operator: fp32 inside, the output in the input's dtype, also under autocast."""
 
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__(width, eps=eps)
-        self.epsilon = eps
+    eps: float
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) to the same."""
-        return rms_norm(x, self.weight, self.epsilon)
+        return rms_norm(x, self.weight, self.eps)
 
     def branch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The normed stream for two readers, and the stream, whose gradients meet in one pass (see `rms_norm_branch`)."""
-        return rms_norm_branch(x, self.weight, self.epsilon)
+        return rms_norm_branch(x, self.weight, self.eps)
 
 
 def add_linear(stream: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:

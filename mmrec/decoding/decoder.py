@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmrec.core.memory import BlockState
+from mmrec.decoding.support import unsupported
 from mmrec.model import MMRecModel
-from mmrec.ops.registration import runs_kernel
 
 # Sequences up to which the fused step is the faster one: 4.4 ms for two, where the modules took 5.6 for one and 6.2 for eight, but 7.0 for
 # four (7B on an H200).
@@ -20,17 +20,8 @@ FASTER = 2
 _WARM_UPS = 2  # steps before the capture: the first compiles, the second shows that nothing is left to be set up
 
 
-def _unsupported(model: MMRecModel, batch_size: int) -> str:
-    weight = model.embedding.weight
-    if not runs_kernel(weight, torch.float32):
-        return f"the network lies on {weight.device}"
-    from mmrec.decoding.fused_step import unsupported  # Triton exists on Linux alone
-
-    return unsupported(model, batch_size)
-
-
 def _fused_step(model: MMRecModel, state: list[BlockState], logits: Tensor) -> Callable[[Tensor], None]:
-    from mmrec.decoding.fused_step import FusedStep
+    from mmrec.decoding.fused_step import FusedStep  # Triton exists on Linux alone
 
     return FusedStep(model, state, logits)
 
@@ -64,7 +55,7 @@ class Decoder:
     def __init__(self, model: MMRecModel, batch_size: int = 1, *, fused: bool | None = None, greedy: bool = False) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}; give at least 1")
-        self.reason = "not asked for" if fused is False else _unsupported(model, batch_size)
+        self.reason = "not asked for" if fused is False else unsupported(model, batch_size)
         if fused is None and not self.reason and batch_size > FASTER and model.embedding.weight.is_cuda:
             self.reason = f"{batch_size} sequences: faster with the tensor cores"
         if fused and self.reason:

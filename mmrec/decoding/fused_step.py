@@ -27,38 +27,6 @@ from mmrec.decoding import kernels
 from mmrec.decoding.tiles import dependent_launch, memory_options, product_options
 from mmrec.model import MMRecModel
 from mmrec.ops.launching import blocks
-from mmrec.ops.registration import runs_kernel
-
-BATCH = 4  # sequences at most: beyond, a product's arithmetic takes longer than its weights
-HEAD_WIDTH = 512
-_DTYPES = (torch.float32, torch.bfloat16)
-_WIDE = (".out_bias.bias", ".up_bias.bias", ".w_g", ".w_alpha", ".A_log", ".dt_bias")  # fp32 whatever the rest is
-_TRAINING_ONLY = (".W_planning_error.weight", ".W_planning_target.weight")
-
-
-def unsupported(model: MMRecModel, batch_size: int) -> str:
-    """Why a token's step cannot run in these kernels; nothing where it can."""
-    config = model.config
-    weight = model.embedding.weight
-    if not runs_kernel(weight, torch.float32):
-        return f"the network lies on {weight.device}"
-    if not config.use_hem:
-        return "use_hem is false: six projections"
-    if batch_size > BATCH:
-        return f"{batch_size} sequences, more than {BATCH}"
-    if config.head_dim > HEAD_WIDTH:
-        return f"heads of {config.head_dim} channels, more than {HEAD_WIDTH}"
-    if weight.dtype not in _DTYPES:
-        return f"weights in {weight.dtype}"
-    for name, parameter in model.named_parameters():
-        if name.endswith(_TRAINING_ONLY):
-            continue
-        dtype = torch.float32 if name.endswith(_WIDE) else weight.dtype
-        if parameter.dtype != dtype or parameter.device != weight.device or not parameter.is_contiguous():
-            return f"{name} is {parameter.dtype} on {parameter.device}, or not contiguous"
-        if parameter.shape[-1] * parameter.itemsize % 4 or parameter.data_ptr() % 4:
-            return f"{name} has rows of {parameter.shape[-1]}: no whole words"
-    return ""
 
 
 class Launch(NamedTuple):
@@ -92,7 +60,7 @@ class FusedStep:
     """The step of a network for a fixed batch, with its buffers; it reads the parameters' memory as it is when it runs.
 
     Args:
-        model: a network for which `unsupported` has nothing to say.
+        model: a network for which `support.unsupported` has nothing to say.
         state: of every layer, fp32, contiguous; changed in place by every call.
         logits: (B, vocab_size) in the weights' dtype, written by every call.
         dependent: let kernels start early (`tiles.dependent_launch`); None: where the device can.

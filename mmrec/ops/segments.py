@@ -20,8 +20,10 @@ def count(time: int, work: int, limit: int, worth: int, tensors: Sequence[Tensor
     segments = 1
     while 2 * segments * work <= limit and time % (2 * segments) == 0 and time // (2 * segments) >= LEAST:
         segments *= 2
+    if segments < worth:  # nearly every launch: nothing more to look at
+        return 1
     adjacent = all(t is None or t.shape[0] == 1 or t.stride(0) == time * t.stride(1) for t in tensors)
-    return segments if adjacent and segments >= worth else 1
+    return segments if adjacent else 1
 
 
 def cut(tensor: Tensor, segments: int) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.memory_estimate import Estimate, estimate
 from mmrec.config import MMRecConfig
+from mmrec.core.memory import state_bytes
 from mmrec.scripts.benchmark_options import DTYPES, PARTS, PRESETS, Settings, preset
 
 GIB = 2**30
@@ -54,8 +55,7 @@ def require_decoding_room(size: str, precision: str, where: torch.device, chunk_
             config=preset(size), batch=1, seq_len=chunk_size, precision=precision, where=where, repeat=1, parts=PARTS, output=Path()
         )
         parameters = _estimate(asked, asked.config).parameters
-        state = batch * asked.config.num_layers * asked.config.model_dim * (1 + asked.config.head_dim) * 4
-        return parameters * (DTYPES[precision].itemsize + 4) + _one_block(asked).activations + 4 * state
+        return parameters * (DTYPES[precision].itemsize + 4) + _one_block(asked).activations + 4 * state_bytes(asked.config, batch)
 
     free = free_bytes(where)
     if needed(size) <= free:

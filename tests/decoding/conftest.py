@@ -4,16 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 from decoding_cases import SMALL
-from kernel_tools import patch_language_once
+from kernel_tools import small_where_interpreted
 
 from mmrec.decoding.tiles import overridden
 
 
 @pytest.fixture(autouse=True)
 def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.node.get_closest_marker("interpreted") is None:
-        yield
-        return
-    patch_language_once(monkeypatch)
-    with overridden(**SMALL):
-        yield
+    yield from small_where_interpreted(request, monkeypatch, lambda: overridden(**SMALL))

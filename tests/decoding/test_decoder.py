@@ -7,8 +7,8 @@ import torch
 from decoding_cases import decoded, network, random_state, stepped, tokens
 from support import assert_same
 
-from mmrec.decoding import Decoder, decoder, fused_step
-from mmrec.decoding.fused_step import unsupported
+from mmrec.decoding import Decoder, decoder, support
+from mmrec.decoding.support import unsupported
 
 
 @pytest.mark.parametrize("options", [{}, {"use_hem": False}, {"use_dpg": True}], ids=["HEM", "six", "DPG"])
@@ -41,9 +41,9 @@ def test_everything_stays_in_its_place() -> None:
 
 def test_why_the_fused_step_would_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(model_dim=16, num_heads=2)
-    monkeypatch.setattr(fused_step, "runs_kernel", lambda *_: False)
+    monkeypatch.setattr(support, "runs_kernel", lambda *_: False)
     assert unsupported(model, 1) == "the network lies on cpu"
-    monkeypatch.setattr(fused_step, "runs_kernel", lambda *_: True)
+    monkeypatch.setattr(support, "runs_kernel", lambda *_: True)
     assert unsupported(model, 4) == ""
     assert unsupported(network(model_dim=16, num_heads=2).bfloat16(), 4) == ""
     assert "5 sequences" in unsupported(model, 5)
@@ -60,7 +60,7 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = network(model_dim=16, num_heads=2, num_layers=2)
     with pytest.raises(ValueError, match="batch_size is 0"):
         Decoder(model, 0)
-    monkeypatch.setattr(decoder, "_unsupported", lambda *_: "the reason")
+    monkeypatch.setattr(decoder, "unsupported", lambda *_: "the reason")
     with pytest.raises(ValueError, match="cannot run: the reason"):
         Decoder(model, fused=True)
     used = Decoder(model, 2)

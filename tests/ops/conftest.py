@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from kernel_tools import patch_language_once
+from kernel_tools import small_where_interpreted
 from tiles import small_tiles
 
 from mmrec.ops.tuning import overridden
@@ -11,9 +11,4 @@ from mmrec.ops.tuning import overridden
 
 @pytest.fixture(autouse=True)
 def _interpreted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    if request.node.get_closest_marker("interpreted") is None:
-        yield
-        return
-    patch_language_once(monkeypatch)
-    with overridden(**small_tiles()):
-        yield
+    yield from small_where_interpreted(request, monkeypatch, lambda: overridden(**small_tiles()))

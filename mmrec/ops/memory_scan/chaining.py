@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
+from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.memory_scan.kernels_segments import chain_kernel
 from mmrec.ops.segments import count
 
@@ -19,10 +19,9 @@ _WORTH = 4  # segments: two would gain no more than their first walk costs
 _BLOCK = 1024  # numbers of a memory that a program chains
 
 
-def segments_of(time: int, batch_heads: int, key_width: int, value_width: int, tensors: Sequence[Tensor | None]) -> int:
-    """Into how many segments `tensors`, (B, T, ...), are cut; see `segments.count`."""
-    width = min(max(power_of_two(max(key_width, value_width)), 64), 512)
-    return count(time, batch_heads * max(1, width // 128) ** 2, WALKS, _WORTH, tensors)
+def segments_of(time: int, memories: int, tensors: Sequence[Tensor | None]) -> int:
+    """Into how many segments `tensors`, (B, T, ...), are cut; `memories`: blocks of 128 × 128 of all memories. See `segments.count`."""
+    return count(time, memories, WALKS, _WORTH, tensors)
 
 
 def log_decays(log_alpha: Tensor, reset: Tensor | None, segments: int) -> Tensor:

@@ -17,12 +17,22 @@ from mmrec.ops.tuning import launch_options
 _FEW_HEADS = 64  # blocks of 128 × 128 of all memories below which a walk over time leaves most of the GPU idle unless they are cut smaller
 
 
+def _width(key_width: int, value_width: int) -> int:
+    """The wider side of a memory, as the table counts it."""
+    return min(max(power_of_two(max(key_width, value_width)), 64), 512)
+
+
+def _memories(batch_heads: int, key_width: int, value_width: int) -> int:
+    """Blocks of 128 × 128 of all memories: how much a walk over time does side by side."""
+    return batch_heads * max(1, _width(key_width, value_width) // 128) ** 2
+
+
 def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, value_width: int) -> str:
     """Row of the table: `fp32` (fp32, fp16 and mixed inputs), else the head's width `64` … `512`, `…_few` where few programs walk."""
     if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
         return "fp32"
-    width = min(max(power_of_two(max(key_width, value_width)), 64), 512)
-    return f"{width}_few" if batch_heads * max(1, width // 128) ** 2 < _FEW_HEADS else f"{width}"
+    few = _memories(batch_heads, key_width, value_width) < _FEW_HEADS
+    return f"{_width(key_width, value_width)}{'_few' if few else ''}"
 
 
 def _blocks(options: dict[str, Any], **widths: int) -> dict[str, Any]:
@@ -166,18 +176,27 @@ def launch_forward(
 ) -> tuple[Tensor, Tensor]:
     """`r` (B, T, H, V) in the dtype of `q` and `M_last` (B, H, K, V) fp32, both contiguous; see the public function."""
     batch, time, heads, key_width = k.shape
-    r = torch.empty(v.shape, dtype=q.dtype, device=q.device)
-    last = torch.empty((batch, heads, key_width, v.shape[-1]), dtype=torch.float32, device=q.device)
-    count = segments_of(time, batch * heads, key_width, v.shape[-1], (q, k, v, log_alpha, reset))
-    if count == 1:
-        _forward(q, k, v, log_alpha, M0, reset, scale, r, last)
-        return r, last
-    log_decay = log_decays(log_alpha, reset, count)
-    q, k, v, log_alpha = (cut(tensor, count) for tensor in (q, k, v, log_alpha))
-    reset = None if reset is None else cut(reset, count)
-    starts = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, last, reverse=False)
-    _forward(q, k, v, log_alpha, starts, reset, scale, cut(r, count), torch.empty_like(starts))
-    return r, last
+    r = output = torch.empty(v.shape, dtype=q.dtype, device=q.device)
+    M_last = last = torch.empty((batch, heads, key_width, v.shape[-1]), dtype=torch.float32, device=q.device)
+    count = segments_of(time, _memories(batch * heads, key_width, v.shape[-1]), (q, k, v, log_alpha, reset))
+    if count > 1:
+        log_decay = log_decays(log_alpha, reset, count)
+        q, k, v, log_alpha, output = (cut(tensor, count) for tensor in (q, k, v, log_alpha, r))
+        reset = None if reset is None else cut(reset, count)
+        M0 = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, M_last, reverse=False)
+        last = torch.empty_like(M0)
+    scan = _Scan(q, k, v, log_alpha, reset, scale, (q, k, v))
+    if scan.time == 1:
+        _step(scan, q, k, v, log_alpha, M0, reset, output, last)
+        return r, M_last
+    scan.plan("forward")
+    if scan.fused:
+        scan.walk(q, k, v, M0, output, None, last, reverse=False)
+    else:
+        states = scan.new_states()
+        scan.walk(q, k, v, M0, None, states, last, reverse=False)
+        scan.read_out(q, k, v, states, output, reverse=False)
+    return r, M_last
 
 
 def segment_memories(
@@ -200,30 +219,6 @@ def segment_memories(
     return chain(left, log_decay, initial, last, reverse)
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_alpha: Tensor,
-    M0: Tensor | None,
-    reset: Tensor | None,
-    scale: float,
-    r: Tensor,
-    last: Tensor,
-) -> None:
-    scan = _Scan(q, k, v, log_alpha, reset, scale, (q, k, v))
-    if scan.time == 1:
-        _step(scan, q, k, v, log_alpha, M0, reset, r, last)
-        return
-    scan.plan("forward")
-    if scan.fused:
-        scan.walk(q, k, v, M0, r, None, last, reverse=False)
-    else:
-        states = scan.new_states()
-        scan.walk(q, k, v, M0, None, states, last, reverse=False)
-        scan.read_out(q, k, v, states, r, reverse=False)
-
-
 def launch_backward(
     dr: Tensor,
     dM_last: Tensor | None,
@@ -242,36 +237,15 @@ def launch_backward(
 ) -> None:
     """Gradients into the five given tensors, of any strides and dtypes; the forward's states are computed again."""
     batch, time, heads, key_width = k.shape
-    long = (dr, q, k, v, log_alpha, reset, dq, dk, dv, dlog_alpha)
-    count = segments_of(time, batch * heads, key_width, v.shape[-1], long)
-    if count == 1:
-        _backward(dr, dM_last, q, k, v, log_alpha, M0, reset, scale, dq, dk, dv, dlog_alpha, dM0)
-        return
-    log_decay = log_decays(log_alpha, reset, count)
-    dr, q, k, v, log_alpha = (cut(tensor, count) for tensor in (dr, q, k, v, log_alpha))
-    dq, dk, dv, dlog_alpha = (cut(tensor, count) for tensor in (dq, dk, dv, dlog_alpha))
-    reset = None if reset is None else cut(reset, count)
-    starts = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, torch.empty_like(dM0), reverse=False)
-    ends = segment_memories(k, q, dr, log_alpha, reset, scale, log_decay, dM_last, dM0, reverse=True)
-    _backward(dr, ends, q, k, v, log_alpha, starts, reset, scale, dq, dk, dv, dlog_alpha, torch.empty_like(starts))
-
-
-def _backward(
-    dr: Tensor,
-    dM_last: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_alpha: Tensor,
-    M0: Tensor | None,
-    reset: Tensor | None,
-    scale: float,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dlog_alpha: Tensor,
-    dM0: Tensor,
-) -> None:
+    long = (dr, q, k, v, log_alpha, dq, dk, dv, dlog_alpha)
+    count = segments_of(time, _memories(batch * heads, key_width, v.shape[-1]), (*long, reset))
+    if count > 1:
+        log_decay = log_decays(log_alpha, reset, count)
+        dr, q, k, v, log_alpha, dq, dk, dv, dlog_alpha = (cut(tensor, count) for tensor in long)
+        reset = None if reset is None else cut(reset, count)
+        M0 = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, torch.empty_like(dM0), reverse=False)
+        dM_last = segment_memories(k, q, dr, log_alpha, reset, scale, log_decay, dM_last, dM0, reverse=True)
+        dM0 = torch.empty_like(M0)
     scan = _Scan(q, k, v, log_alpha, reset, scale, (q, k, v, dr))
     scan.plan("backward")
     M, dM = scan.new_states(), scan.new_states()
