@@ -11,6 +11,7 @@ from torch import Tensor
 from mmrec.ops.launching import Call, blocks, launch
 
 _COLUMNS, _ROWS = 16, 128  # of a tile that a program adds up at a time; few columns, so that there are many programs
+_FEW_ROWS = 16  # which torch adds up as fast
 _STRIPE, _TOKENS = 128, 256  # of the first stage of `column_sum`
 
 
@@ -53,6 +54,12 @@ def add_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> Non
         parts: (programs, ...) fp32, contiguous; with `second` (2, programs, ...).
         first, second: where the sums go, of any float dtype.
     """
+    if second is None and parts.shape[0] <= _FEW_ROWS:
+        if first.dtype == parts.dtype and first.is_contiguous():
+            torch.sum(parts, 0, out=first)
+        else:
+            first.copy_(parts.sum(0))
+        return
     targets = [first] if second is None else [first, second]
     written = [t if t.is_contiguous() else torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in targets]
     rows, width = parts.shape[0 if second is None else 1], first.numel()

@@ -99,6 +99,7 @@ def test_segments_of_the_memory_side_by_side(setting: Setting, time: int, given:
     """Long sequences of few heads: states into and out of every segment, documents that start in some of them, views that cannot be cut."""
     if setting is not GPU and setting.device == "cpu":
         monkeypatch.setattr(segments, "LEAST", 6)
+    monkeypatch.setattr(chaining, "_WORTH", 4)
     found = []
     right = chaining.count
     monkeypatch.setattr(chaining, "count", lambda *arguments: found.append(right(*arguments)) or found[-1])

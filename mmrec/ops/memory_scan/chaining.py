@@ -15,7 +15,7 @@ from mmrec.ops.memory_scan.kernels_segments import chain_kernel
 from mmrec.ops.segments import count
 
 WALKS = 128  # sequences times heads that fill a GPU, where a head is 128 wide
-_WORTH = 4  # segments: two would gain no more than their first walk costs
+_WORTH = 8  # segments: two would gain no more than their first walk costs; from 32 memories on only the uncut walk was ever timed
 _BLOCK = 1024  # numbers of a memory that a program chains
 
 
