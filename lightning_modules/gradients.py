@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
-from torch.optim import Optimizer
+from torch.optim import Adam, Optimizer
 
 from mmrec.model import MMRecModel
+
+_NORM_EPS = 1e-6  # as torch's `clip_grads_with_norm_` has it
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
@@ -22,7 +24,10 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str | None) -> Tensor | None:
-    """Clip the gradients of the optimiser's parameters in place, without waiting for the device.
+    """Clip the gradients of the optimiser's parameters, without waiting for the device.
+
+    By norm, a fused optimiser of torch's does so itself as it steps: it divides by `grad_scale`, as a loss scaler would have it, and leaves
+    `.grad` divided. A pass of its own would read and write every gradient once more. For all others it is done in place.
 
     Args:
         optimizer: the optimiser.
@@ -38,9 +43,19 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if clip_val and algorithm == "value":
         clip_grad_value_(parameters, clip_val)
+    elif clip_val and _divides_gradients(optimizer):
+        optimizer.grad_scale = ((norm + _NORM_EPS) / clip_val).clamp(min=1)  # type: ignore[attr-defined]
+        return norm
     elif clip_val:
         clip_grads_with_norm_(parameters, clip_val, norm)
+    if _divides_gradients(optimizer):
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
     return norm
+
+
+def _divides_gradients(optimizer: Optimizer) -> bool:
+    """Whether `step` divides all gradients by the optimiser's `grad_scale`."""
+    return isinstance(optimizer, Adam) and all(group.get("fused") for group in optimizer.param_groups)
 
 
 def auxiliary_gradient_statistics(network: MMRecModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from mmrec.core.mdi import GateWeights
 from mmrec.ops import decay_log, gated_read_out, gated_scan, memory_address, memory_scan
 from mmrec.ops.column_sum import column_sum
 from mmrec.ops.registration import refuse_second_order
+from mmrec.ops.wide_product import wide_product
 
 _ops = torch.ops.mmrec
 _PARTS = 6
@@ -61,7 +62,8 @@ def mix(
         fused: (B, T, 5D + P), q, k, v, z, p and e side by side; None: they are `parts`.
         parts: the six where `fused` is None, (B, T, D) each but `p`, (B, T, P).
         log_alpha: (B, T, H) fp32.
-        decay, context: the gates' weights, in the dtype of the projections. Without a context the decay is DPG's, with a ReLU in it.
+        decay, context: the gates' weights; their products are formed in the dtype of the projections. Without a context the decay is
+            DPG's, with a ReLU in it.
         w_g: (D,). g_r, g_h: (H, K).
         h0, M0, reset: as the operators'.
         eps: of the read-out's norms.
@@ -78,24 +80,34 @@ def _split(fused: Tensor, channels: int) -> tuple[Tensor, ...]:
     return fused.split([channels] * 4 + [fused.shape[-1] - 5 * channels, channels], dim=-1)
 
 
-def _gate(x: Tensor, W_in: Tensor, b_in: Tensor, W_out: Tensor, relu: bool) -> tuple[Tensor, Tensor]:
-    """What the backward needs of the hidden layer, (N, G), and the logits (B, T, D); `x` is a slice, which products take as it is."""
-    inner = torch.addmm(b_in, x.flatten(0, 1), W_in.t())
+class _Hidden(NamedTuple):
+    """What the backward needs of a gate: its hidden layer (N, G), before a GELU and behind a ReLU, and both weights as they multiplied."""
+
+    inner: Tensor
+    W_in: Tensor
+    W_out: Tensor
+
+
+def _gate(x: Tensor, W_in: Tensor, b_in: Tensor, W_out: Tensor, relu: bool) -> tuple[_Hidden, Tensor]:
+    """The hidden layer, and the logits (B, T, D); `x` is a slice, which products take as it is."""
+    W_in, W_out = W_in.to(x.dtype), W_out.to(x.dtype)
+    inner = torch.addmm(b_in.to(x.dtype), x.flatten(0, 1), W_in.t())
     if relu:
         inner = F.relu(inner)
     logits = torch.mm(inner if relu else F.gelu(inner), W_out.t())
-    return inner, logits.view(x.shape[0], x.shape[1], -1)
+    return _Hidden(inner, W_in, W_out), logits.view(x.shape[0], x.shape[1], -1)
 
 
-def _gate_backward(dlogits: Tensor, inner: Tensor, x: Tensor, W_in: Tensor, W_out: Tensor, dx: Tensor, relu: bool) -> tuple[Tensor, ...]:
-    """Gradients to `W_in`, `b_in` and `W_out`; the one to `x` is added to `dx`, in place."""
+def _gate_backward(dlogits: Tensor, gate: _Hidden, x: Tensor, dx: Tensor, relu: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Gradients to `W_in`, `b_in` and `W_out`, in `dtype`; the one to `x` is added to `dx`, in place."""
+    inner, W_in, W_out = gate
     flat = dlogits.flatten(0, 1)
     hidden = inner if relu else F.gelu(inner)
-    dW_out = torch.mm(flat.t(), hidden)
+    dW_out = wide_product(flat.t(), hidden, dtype)
     dhidden = torch.mm(flat, W_out)
     dinner = torch.ops.aten.threshold_backward(dhidden, inner, 0) if relu else torch.ops.aten.gelu_backward(dhidden, inner)
     dx.flatten(0, 1).addmm_(dinner, W_in)
-    return torch.mm(dinner.t(), x.flatten(0, 1)), column_sum(dinner), dW_out
+    return wide_product(dinner.t(), x.flatten(0, 1), dtype), column_sum(dinner, dtype), dW_out
 
 
 def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -109,8 +121,8 @@ class _Mix(torch.autograd.Function):
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
         heads = (g_r.shape[0], g_r.shape[1])
         relu = cW_in is None
-        inner, logits = _gate(z, W_in, b_in, W_out, relu)
-        c_inner, c_logits = (None, None) if relu else _gate(k, cW_in, cb_in, cW_out, relu)
+        gate, logits = _gate(z, W_in, b_in, W_out, relu)
+        c_gate, c_logits = ((None,) * 3, None) if relu else _gate(k, cW_in, cb_in, cW_out, relu)
         log_gamma = decay_log(logits, out_bias, c_logits, cout_bias, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX)
         h, h_last = gated_scan(z, p, log_gamma, w_g, h0, reset)
         query, key = _addresses(q, k, h, heads)
@@ -119,14 +131,15 @@ class _Mix(torch.autograd.Function):
         ctx.eps, ctx.orthogonalize = eps, orthogonalize
         ctx.set_materialize_grads(False)
         again = (None, None, None) if recompute else (log_gamma, query, key)
-        ctx.save_for_backward(fused, *rest, inner, logits, c_inner, c_logits, h, r, *again)
+        ctx.save_for_backward(fused, *rest, *gate, *c_gate, logits, c_logits, h, r, *again)
         return gated, h, h_last, M_last
 
     @staticmethod
     def backward(ctx: Any, dgated: Tensor | None, dh: Tensor | None, dh_last: Tensor | None, dM_last: Tensor | None) -> Any:
         refuse_second_order("a block", "build the loss from its operators' naive forms")
-        fused, *rest, inner, logits, c_inner, c_logits, h, r, log_gamma, query, key = ctx.saved_tensors
-        six, (log_alpha, W_in, _, W_out, out_bias, cW_in, _, cW_out, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
+        fused, *rest = ctx.saved_tensors
+        rest, gate, c_gate, (logits, c_logits, h, r, log_gamma, query, key) = rest[:-13], rest[-13:-10], rest[-10:-7], rest[-7:]
+        six, (log_alpha, W_in, *_, out_bias, cW_in, _, _, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
         dfused = None if fused is None else torch.empty_like(fused)
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
         dq, dk, dv, dz, dp, de = parts = (
@@ -160,10 +173,10 @@ class _Mix(torch.autograd.Function):
         dlogits, dout_bias = torch.empty_like(logits), torch.empty_like(out_bias)
         dc_logits, dcout_bias = (None, None) if relu else (torch.empty_like(c_logits), torch.empty_like(cout_bias))
         _ops.decay_log_bwd_out(dlog_gamma, logits, out_bias, c_logits, cout_bias, *bounds, dlogits, dout_bias, dc_logits, dcout_bias)
-        decay = (*_gate_backward(dlogits, inner, z, W_in, W_out, dz, relu), dout_bias)
+        decay = (*_gate_backward(dlogits, _Hidden(*gate), z, dz, relu, W_in.dtype), dout_bias)
         context: tuple[Tensor | None, ...] = (None,) * 4
         if dc_logits is not None:
-            context = (*_gate_backward(dc_logits, c_inner, k, cW_in, cW_out, dk, relu), dcout_bias)
+            context = (*_gate_backward(dc_logits, _Hidden(*c_gate), k, dk, relu, W_in.dtype), dcout_bias)
         projections = (dfused, *(parts if fused is None else (None,) * _PARTS))
         states = (None if h0 is None else dh0, None if M0 is None else state, None)
         return None, None, None, *projections, dlog_alpha, *decay, *context, dw_g, dg_r, dg_h, *states

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from mmrec.blocks.composition import compose
 from mmrec.blocks.hem import FusedProjections, SeparateProjections, fuse, unfuse
+from mmrec.blocks.linear import add_linear
 from mmrec.blocks.mixer import mix
-from mmrec.blocks.residual import RMSNorm, add_linear
+from mmrec.blocks.residual import RMSNorm
 from mmrec.blocks.swiglu import SwiGLU
 from mmrec.config import MMRecConfig, config_from_fields
 from mmrec.core import uboo
@@ -143,7 +144,7 @@ class MMRecBlock(nn.Module):
         if not self.config.state_gate:
             return self._composed(normed, log_alpha, state, reset, planned)
         whole, parts = self.projections.whole_and_parts(normed)
-        decay, context = self.mdi.gates(parts.z.dtype)
+        decay, context = self.mdi.gates()
         h0, M0 = (None, None) if state is None else (state.h, state.M)
         orthogonalize = planned and self.config.orthogonalize
         gated, h, h_last, M_last = mix(

@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrec.blocks.residual import add_linear, add_product, is_plain
+from mmrec.blocks.linear import add_linear, add_product, is_plain, linear
 from mmrec.ops import swiglu
 from mmrec.ops.registration import refuse_second_order
+from mmrec.ops.wide_product import wide_product
 
 
 class SwiGLU(nn.Module):
@@ -27,9 +28,9 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor, stream: Tensor) -> Tensor:
         """(B, T, D) to (B, T, D), added to the residual `stream`."""
-        gate_up = self.W_gate_up(x)
+        gate_up = linear(x, self.W_gate_up)
         if self.recompute and is_plain(self.W_down):
-            out: Tensor = _GatedDown.apply(stream, gate_up, self.W_down.weight.to(gate_up.dtype))
+            out: Tensor = _GatedDown.apply(stream, gate_up, self.W_down.weight)
             return out
         return add_linear(stream, swiglu(gate_up), self.W_down)
 
@@ -39,14 +40,16 @@ class _GatedDown(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stream: Tensor, gate_up: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up, weight)
-        return add_product(stream, swiglu(gate_up), weight)
+        narrow = weight.to(gate_up.dtype)
+        ctx.save_for_backward(gate_up, narrow)
+        ctx.weight_dtype = weight.dtype
+        return add_product(stream, swiglu(gate_up), narrow)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         refuse_second_order("a feed-forward that recomputes", "set activation_checkpointing to false")
         gate_up, weight = ctx.saved_tensors
         flat = dy.flatten(0, 1)
-        dweight = torch.mm(flat.t(), swiglu(gate_up).flatten(0, 1))
+        dweight = wide_product(flat.t(), swiglu(gate_up).flatten(0, 1), ctx.weight_dtype)
         dgated = torch.mm(flat, weight).view(*dy.shape[:2], -1)
         return dy, torch.ops.mmrec.swiglu_bwd(dgated, gate_up), dweight

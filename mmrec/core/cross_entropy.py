@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mmrec.ops.common import state_dtype
 from mmrec.ops.registration import register, register_backward, runs_kernel
+from mmrec.ops.wide_product import wide_product
 
 IGNORED_LABEL = -1
 
@@ -92,12 +93,10 @@ def _forward(
 
 def _add_product(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     """`total + a b` in fp32, in place; bf16 factors are summed and stored in fp32 by the product itself where the GPU can."""
-    if a.dtype == torch.float32:
-        return a @ b if total is None else total.addmm_(a, b)
-    if not a.is_cuda:
-        return a.float() @ b.float() if total is None else total.addmm_(a.float(), b.float())
     if total is None:
-        return torch.mm(a, b, out_dtype=torch.float32)
+        return wide_product(a, b, torch.float32)
+    if a.dtype == torch.float32 or not a.is_cuda:
+        return total.addmm_(a.float(), b.float())
     return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 

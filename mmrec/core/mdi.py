@@ -97,14 +97,14 @@ class MDI(nn.Module):
             gamma = gamma * (1 + math.exp(-_CONTEXT_BIAS))  # so that the product of both factors has the time constant
         bias.copy_(torch.logit(gamma))
 
-    def gates(self, dtype: torch.dtype) -> tuple[GateWeights, GateWeights | None]:
-        """The weights of `forward` for `blocks.mixer.mix`: the decay's and the context's, DPG's and None; products in `dtype`.
+    def gates(self) -> tuple[GateWeights, GateWeights | None]:
+        """The weights of `forward` for `blocks.mixer.mix`: the decay's and the context's, DPG's and None.
 
         The `nn.Linear` modules are not called by it: their hooks do not run.
         """
 
         def weights(inner: nn.Linear, outer: nn.Linear, bias: DecayBias) -> GateWeights:
-            return GateWeights(inner.weight.to(dtype), inner.bias.to(dtype), outer.weight.to(dtype), bias.bias)
+            return GateWeights(inner.weight, inner.bias, outer.weight, bias.bias)
 
         if self.use_dpg:
             return weights(self.W_down, self.W_up, self.up_bias), None

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmrec.ops.launching import Call, blocks, launch
+from mmrec.ops.launching import Call, blocks, launch, power_of_two
 
-_COLUMNS, _ROWS = 16, 128  # of a tile that a program adds up at a time; few columns, so that there are many programs
+_COLUMNS, _ROWS = 16, 512  # of a tile that a program adds up at a time; few columns, so that there are many programs
 _FEW_ROWS = 16  # which torch adds up as fast
 _STRIPE, _TOKENS = 128, 256  # of the first stage of `column_sum`
 
@@ -66,7 +66,7 @@ def add_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> Non
 
     def prepare() -> Call:
         grid = (len(targets) * blocks(width, _COLUMNS),)
-        return Call(grid, (rows, width, rows * width), {"BC": _COLUMNS, "BR": _ROWS, "num_warps": 4})
+        return Call(grid, (rows, width, rows * width), {"BC": _COLUMNS, "BR": min(_ROWS, power_of_two(rows)), "num_warps": 8})
 
     launch(parts_kernel, (parts, written[0], written[1] if second is not None else None), prepare)
     for target, values in zip(targets, written, strict=True):
@@ -74,8 +74,8 @@ def add_parts(parts: Tensor, first: Tensor, second: Tensor | None = None) -> Non
             target.copy_(values)
 
 
-def launch_column_sum(x: Tensor) -> Tensor:
-    """Sums (C,) of a matrix (N, C) with adjacent columns over its rows, in its dtype, added up in fp32."""
+def launch_column_sum(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sums (C,) of a matrix (N, C) with adjacent columns over its rows, in `dtype`, added up in fp32."""
     rows, width = x.shape
     parts = torch.empty((blocks(rows, _TOKENS), width), dtype=torch.float32, device=x.device)
 
@@ -84,6 +84,6 @@ def launch_column_sum(x: Tensor) -> Tensor:
         return Call(grid, (rows, width, x.stride(0)), {"BC": _STRIPE, "BR": _TOKENS, "STEP": 32, "num_warps": 4})
 
     launch(columns_kernel, (x, parts), prepare)
-    sums = torch.empty(width, dtype=x.dtype, device=x.device)
+    sums = torch.empty(width, dtype=dtype, device=x.device)
     add_parts(parts, sums)
     return sums

@@ -9,6 +9,8 @@ from mmrec.ops.launching import power_of_two
 
 # Of a program's tile: 32 a thread of four warps; half of it where a backward's many tensors would leave room for too few warps.
 FORWARD, BACKWARD = 4096, 2048
+# Tiles of a program of a backward with sums over tokens, one after another: the sums leave it once, and the next tile is on its way.
+LOOP, STAGES = 4, 3
 
 
 @triton.jit
@@ -51,3 +53,8 @@ def tokens_and_warps(time: int, width: int, elements: int = FORWARD) -> dict[str
     columns = power_of_two(width)
     tokens = max(1, min(elements // columns, power_of_two(time)))
     return {"M": tokens, "BK": columns, "num_warps": 4 if tokens * columns >= 1024 else 1}
+
+
+def tiles_and_warps(time: int, width: int) -> dict[str, Any]:
+    """The same for a backward whose program takes LOOP tiles one after another, STAGES of them on their way."""
+    return {"LOOP": LOOP, "STAGES": STAGES} | tokens_and_warps(time, width, BACKWARD)

@@ -11,7 +11,7 @@ from unittest.mock import patch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mmrec.blocks import composition, mm_rec_block, residual, swiglu
+from mmrec.blocks import composition, hem, mm_rec_block, residual, swiglu
 from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.core import decay, mdi, uboo
 from mmrec.ops.decay_log import decay_log_naive
@@ -40,6 +40,11 @@ def _rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Ten
     return normed, normed, x
 
 
+def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+    result: Tensor = linear(x)
+    return result
+
+
 def _add_linear(stream: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
     return stream + linear(x)
 
@@ -62,6 +67,8 @@ def plain_passes() -> Iterator[None]:
         (residual, "rms_norm_branch", _rms_norm_branch),
         (mm_rec_block, "add_linear", _add_linear),
         (swiglu, "add_linear", _add_linear),
+        (swiglu, "linear", _linear),
+        (hem, "linear", _linear),
         (swiglu, "is_plain", lambda linear: False),  # nothing is recomputed in a function of its own
         (uboo, "planning_error", planning_error_naive),
         (swiglu, "swiglu", _swiglu),

@@ -27,17 +27,18 @@ def test_parts(setting: Setting, time: int, width: int) -> None:
 @in_settings([(CPU, 5), (CPU_LOW[1], 5), (INTERPRETED, 1), (INTERPRETED, 700), (GPU, 700), (GPU_LOW[0], 8192)])
 def test_columns(setting: Setting, time: int) -> None:
     x = torch.randn(time, 3 * 70).to(setting.device, setting.dtype)[:, 70:140]
-    actual = column_sum(x)
-    torch.library.opcheck(column_sum_op, (x,))
-    assert actual.dtype == setting.dtype
-    assert_same(actual, x.double().sum(0), setting.dtype, limit=3e-3 if setting.dtype == torch.bfloat16 else None)
+    for dtype in (setting.dtype, setting.wide):
+        actual = column_sum(x, dtype)
+        torch.library.opcheck(column_sum_op, (x, dtype))
+        assert actual.dtype == dtype
+        assert_same(actual, x.double().sum(0), dtype, limit=3e-3 if dtype == torch.bfloat16 else None)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_kernels_compile(architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     monkeypatch.setattr(sums, "launch", lambda kernel, tensors, prepare: found.append((kernel, tensors, prepare())))
-    launch_column_sum(torch.empty(8192, 1024, dtype=torch.bfloat16))
+    launch_column_sum(torch.empty(8192, 1024, dtype=torch.bfloat16), torch.float32)
     add_parts(torch.empty(2, 512, 1024), torch.empty(1024), torch.empty(1024))
     assert len(found) == 3
     for kernel, tensors, call in found:

@@ -1,5 +1,7 @@
 """Triton kernels of `decay_log`: a program takes some tokens of 128 channels; every element is read once and written once."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +10,7 @@ from torch import Tensor
 from mmrec.ops.launching import Call, blocks, launch, strides
 from mmrec.ops.primitives import LOG2E
 from mmrec.ops.sums import add_parts
-from mmrec.ops.tiles import BACKWARD, load_tile, store_tile, tile_of, tokens_and_warps
+from mmrec.ops.tiles import load_tile, store_tile, tile_of, tiles_and_warps, tokens_and_warps
 
 _COLUMNS = 128  # channels of a program
 
@@ -107,43 +109,57 @@ def backward_kernel(
     dcontext_stride_d,
     parts_stride_bias,
     parts_stride_tile,
-    low,
-    high,
+    least,
+    least_lost,
     HAS_CONTEXT: tl.constexpr,
+    LOOP: tl.constexpr,
+    STAGES: tl.constexpr,
     M: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The biases' gradients leave as one row a program, (2, tiles of tokens, D), to be summed in a fixed order."""
+    """The biases' gradients leave as one row a program, (2, programs of a channel, D), to be summed in a fixed order."""
     stripes = tl.cdiv(D, BK)
-    batch, stripe, first = tile_of(T, stripes, M)
+    batch, stripe, begin = tile_of(T, stripes, M * LOOP)
     width = D - stripe * BK
-    logits = load_logits(logits_ptr, bias_ptr, batch, stripe, first, logits_stride_b, logits_stride_t, logits_stride_d, T, D, M, BK)
-    log_gamma = logsigmoid(logits)
-    if HAS_CONTEXT:
-        context = load_logits(
-            context_ptr, context_bias_ptr, batch, stripe, first, context_stride_b, context_stride_t, context_stride_d, T, D, M, BK
-        )
-        log_gamma += logsigmoid(context)
-    dlog_gamma = load_tile(
-        dlog_gamma_ptr, batch, stripe, first, dlog_gamma_stride_b, dlog_gamma_stride_t, dlog_gamma_stride_d * BK, dlog_gamma_stride_d,
-        T, width, M, BK,
-    )  # fmt: skip
-    inside = tl.where((log_gamma >= low) & (log_gamma <= high), dlog_gamma, 0.0)
-    columns = tl.arange(0, BK)
-    parts = parts_ptr + (tl.program_id(0) // stripes).to(tl.int64) * parts_stride_tile + stripe * BK + columns
-    dlogits = inside / (1.0 + tl.exp2(logits * LOG2E))
-    store_tile(
-        dlogits_ptr, dlogits, batch, stripe, first, dlogits_stride_b, dlogits_stride_t, dlogits_stride_d * BK, dlogits_stride_d,
-        T, width, M, BK,
-    )  # fmt: skip
-    tl.store(parts, tl.sum(dlogits, 0), mask=columns < width)
-    if HAS_CONTEXT:
-        dcontext = inside / (1.0 + tl.exp2(context * LOG2E))
-        store_tile(
-            dcontext_ptr, dcontext, batch, stripe, first, dcontext_stride_b, dcontext_stride_t, dcontext_stride_d * BK, dcontext_stride_d,
+    dbias = tl.zeros((M, BK), tl.float32)
+    dcontext_bias = tl.zeros((M, BK), tl.float32)
+    for tile in tl.range(0, LOOP, num_stages=STAGES):
+        first = begin + tile * M
+        logits = load_logits(logits_ptr, bias_ptr, batch, stripe, first, logits_stride_b, logits_stride_t, logits_stride_d, T, D, M, BK)
+        dlog_gamma = load_tile(
+            dlog_gamma_ptr, batch, stripe, first, dlog_gamma_stride_b, dlog_gamma_stride_t, dlog_gamma_stride_d * BK, dlog_gamma_stride_d,
             T, width, M, BK,
         )  # fmt: skip
-        tl.store(parts + parts_stride_bias, tl.sum(dcontext, 0), mask=columns < width)
+        lost = 1.0 / (1.0 + tl.exp2(logits * LOG2E))  # 1 − σ
+        gamma = 1.0 / (1.0 + tl.exp2(-logits * LOG2E))
+        lost_of_both = lost
+        if HAS_CONTEXT:
+            context = load_logits(
+                context_ptr, context_bias_ptr, batch, stripe, first, context_stride_b, context_stride_t, context_stride_d, T, D, M, BK
+            )
+            context_lost = 1.0 / (1.0 + tl.exp2(context * LOG2E))
+            lost_of_both += gamma * context_lost
+            gamma *= 1.0 / (1.0 + tl.exp2(-context * LOG2E))
+        # Each bound where it can be told apart: γ from nothing, 1 − γ from nothing.
+        inside = tl.where((gamma >= least) & (lost_of_both >= least_lost), dlog_gamma, 0.0)
+        dlogits = inside * lost
+        store_tile(
+            dlogits_ptr, dlogits, batch, stripe, first, dlogits_stride_b, dlogits_stride_t, dlogits_stride_d * BK, dlogits_stride_d,
+            T, width, M, BK,
+        )  # fmt: skip
+        dbias += dlogits
+        if HAS_CONTEXT:
+            dcontext = inside * context_lost
+            store_tile(
+                dcontext_ptr, dcontext, batch, stripe, first,
+                dcontext_stride_b, dcontext_stride_t, dcontext_stride_d * BK, dcontext_stride_d, T, width, M, BK,
+            )  # fmt: skip
+            dcontext_bias += dcontext
+    columns = tl.arange(0, BK)
+    parts = parts_ptr + (tl.program_id(0) // stripes).to(tl.int64) * parts_stride_tile + stripe * BK + columns
+    tl.store(parts, tl.sum(dbias, 0), mask=columns < width)
+    if HAS_CONTEXT:
+        tl.store(parts + parts_stride_bias, tl.sum(dcontext_bias, 0), mask=columns < width)
 
 
 def launch_forward(logits: Tensor, bias: Tensor, context: Tensor | None, context_bias: Tensor | None, low: float, high: float) -> Tensor:
@@ -176,15 +192,16 @@ def launch_backward(
 ) -> None:
     """Write the gradients into the given tensors, of any strides and dtypes."""
     batch, time, channels = logits.shape
-    options = tokens_and_warps(time, _COLUMNS, BACKWARD)
-    tiles = batch * blocks(time, options["M"])
+    options = tiles_and_warps(time, _COLUMNS)
+    tiles = batch * blocks(time, options["M"] * options["LOOP"])
     parts = torch.empty((1 if context is None else 2, tiles, channels), dtype=torch.float32, device=logits.device)
 
     def prepare() -> Call:
         inputs = (*dlog_gamma.stride(), *logits.stride(), *strides(context, 3))
         outputs = (*dlogits.stride(), *strides(dcontext, 3), *parts.stride()[:2])
         flags = {"HAS_CONTEXT": context is not None}
-        return Call((tiles * blocks(channels, _COLUMNS),), (time, channels, *inputs, *outputs, low, high), flags | options)
+        bounds = (math.exp(low), -math.expm1(high))
+        return Call((tiles * blocks(channels, _COLUMNS),), (time, channels, *inputs, *outputs, *bounds), flags | options)
 
     launch(backward_kernel, (dlog_gamma, logits, bias, context, context_bias, dlogits, dcontext, parts), prepare, low, high)
     add_parts(parts if dcontext_bias is not None else parts[0], dbias, dcontext_bias)

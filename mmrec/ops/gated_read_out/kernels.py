@@ -8,7 +8,7 @@ from torch import Tensor
 from mmrec.ops.launching import Call, blocks, launch
 from mmrec.ops.primitives import LOG2E
 from mmrec.ops.sums import add_parts
-from mmrec.ops.tiles import BACKWARD, load_tile, store_tile, tile_of, tokens_and_warps
+from mmrec.ops.tiles import load_tile, store_tile, tile_of, tiles_and_warps, tokens_and_warps
 
 
 @triton.jit
@@ -123,28 +123,36 @@ def backward_kernel(
     parts_stride_gain,
     eps,
     K: tl.constexpr,
+    LOOP: tl.constexpr,
+    STAGES: tl.constexpr,
     M: tl.constexpr,
     BK: tl.constexpr,
 ):
-    """The gains' gradients leave as one row a program, (2, tiles of tokens, H, K), to be summed in a fixed order."""
-    batch, head, first = tile_of(T, H, M)
-    dy = load_tile(dy_ptr, batch, head, first, dy_stride_b, dy_stride_t, dy_stride_h, dy_stride_k, T, K, M, BK)
-    gate = sigmoid(load_tile(e_ptr, batch, head, first, e_stride_b, e_stride_t, e_stride_h, e_stride_k, T, K, M, BK))
-    weighted = dy * gate
+    """The gains' gradients leave as one row a program, (2, programs of a head, H, K), to be summed in a fixed order."""
+    batch, head, begin = tile_of(T, H, M * LOOP)
     g_r = load_gain(g_r_ptr, head, g_r_stride_h, g_r_stride_k, K, BK)
     g_h = load_gain(g_h_ptr, head, g_h_stride_h, g_h_stride_k, K, BK)
-    r = load_tile(r_ptr, batch, head, first, r_stride_b, r_stride_t, r_stride_h, r_stride_k, T, K, M, BK)
-    recalled, dr = through_norm(r, weighted, g_r, eps, K)
-    store_tile(dr_ptr, dr, batch, head, first, dr_stride_b, dr_stride_t, dr_stride_h, dr_stride_k, T, K, M, BK)
-    h = load_tile(h_ptr, batch, head, first, h_stride_b, h_stride_t, h_stride_h, h_stride_k, T, K, M, BK)
-    recent, dh = through_norm(h, weighted, g_h, eps, K)
-    store_tile(dh_ptr, dh, batch, head, first, dh_stride_b, dh_stride_t, dh_stride_h, dh_stride_k, T, K, M, BK)
-    de = weighted * (1.0 - gate) * (recalled * g_r + recent * g_h)
-    store_tile(de_ptr, de, batch, head, first, de_stride_b, de_stride_t, de_stride_h, de_stride_k, T, K, M, BK)
+    dg_r = tl.zeros((M, BK), tl.float32)
+    dg_h = tl.zeros((M, BK), tl.float32)
+    for tile in tl.range(0, LOOP, num_stages=STAGES):
+        first = begin + tile * M
+        dy = load_tile(dy_ptr, batch, head, first, dy_stride_b, dy_stride_t, dy_stride_h, dy_stride_k, T, K, M, BK)
+        gate = sigmoid(load_tile(e_ptr, batch, head, first, e_stride_b, e_stride_t, e_stride_h, e_stride_k, T, K, M, BK))
+        weighted = dy * gate
+        r = load_tile(r_ptr, batch, head, first, r_stride_b, r_stride_t, r_stride_h, r_stride_k, T, K, M, BK)
+        recalled, dr = through_norm(r, weighted, g_r, eps, K)
+        store_tile(dr_ptr, dr, batch, head, first, dr_stride_b, dr_stride_t, dr_stride_h, dr_stride_k, T, K, M, BK)
+        h = load_tile(h_ptr, batch, head, first, h_stride_b, h_stride_t, h_stride_h, h_stride_k, T, K, M, BK)
+        recent, dh = through_norm(h, weighted, g_h, eps, K)
+        store_tile(dh_ptr, dh, batch, head, first, dh_stride_b, dh_stride_t, dh_stride_h, dh_stride_k, T, K, M, BK)
+        de = weighted * (1.0 - gate) * (recalled * g_r + recent * g_h)
+        store_tile(de_ptr, de, batch, head, first, de_stride_b, de_stride_t, de_stride_h, de_stride_k, T, K, M, BK)
+        dg_r += weighted * recalled
+        dg_h += weighted * recent
     columns = tl.arange(0, BK)
-    parts = dg_parts_ptr + tl.program_id(0).to(tl.int64) * K + columns  # a head's programs are H apart: rows (tile, head)
-    tl.store(parts, tl.sum(weighted * recalled, 0), mask=columns < K)
-    tl.store(parts + parts_stride_gain, tl.sum(weighted * recent, 0), mask=columns < K)
+    parts = dg_parts_ptr + tl.program_id(0).to(tl.int64) * K + columns  # a head's programs are H apart: rows (program, head)
+    tl.store(parts, tl.sum(dg_r, 0), mask=columns < K)
+    tl.store(parts + parts_stride_gain, tl.sum(dg_h, 0), mask=columns < K)
 
 
 def launch_forward(r: Tensor, h: Tensor, e: Tensor, g_r: Tensor, g_h: Tensor, eps: float) -> Tensor:
@@ -177,8 +185,8 @@ def launch_backward(
 ) -> None:
     """Write the gradients into the given tensors, of any strides and dtypes."""
     batch, time, heads, width = r.shape
-    options = tokens_and_warps(time, width, BACKWARD)
-    tiles = batch * blocks(time, options["M"])
+    options = tiles_and_warps(time, width)
+    tiles = batch * blocks(time, options["M"] * options["LOOP"])
     parts = torch.empty((2, tiles, heads, width), dtype=torch.float32, device=r.device)
 
     def prepare() -> Call:

@@ -8,8 +8,10 @@ from torch import Tensor
 from mmrec.ops.launching import Call, blocks, launch, power_of_two, strides
 from mmrec.ops.sums import add_parts
 
-_ROWS = 8  # tokens of a program of the backward, whose sums over tokens leave it as one row
+_ROWS = 16  # tokens of a program of the backward, whose sums over tokens leave it as one row
+_STAGES = 2  # of these tokens on their way
 _MAX_WIDTH = 65536
+_A_WARP = 512  # channels
 
 
 @triton.jit
@@ -79,6 +81,7 @@ def backward_kernel(
     D: tl.constexpr,
     R: tl.constexpr,
     BD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """R tokens one after another; the weight's gradient leaves as one row a program, to be summed in a fixed order."""
     columns = tl.arange(0, BD).to(tl.int64)
@@ -86,7 +89,7 @@ def backward_kernel(
     weight = tl.load(weight_ptr + columns * weight_stride, mask=inside, other=0.0).to(tl.float32)
     dweight = tl.zeros((BD,), tl.float32)
     first = tl.program_id(0) * R
-    for row in range(first, tl.minimum(first + R, rows)):
+    for row in tl.range(first, tl.minimum(first + R, rows), num_stages=STAGES):
         dy = _load(dy_ptr, row, T, dy_stride_b, dy_stride_t, dy_stride_d, columns, inside)
         if dy_more_ptr is not None:
             dy += _load(dy_more_ptr, row, T, dy_more_stride_b, dy_more_stride_t, dy_more_stride_d, columns, inside)
@@ -108,7 +111,7 @@ def _tile(width: int) -> dict[str, int]:
     columns = power_of_two(width)
     if columns > _MAX_WIDTH:
         raise ValueError(f"rms_norm: {width} channels do not fit a program's registers; {_MAX_WIDTH} do")
-    return {"BD": columns, "num_warps": min(16, max(1, columns // 512))}
+    return {"BD": columns, "num_warps": min(16, max(1, columns // _A_WARP))}
 
 
 def launch_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -135,7 +138,7 @@ def launch_backward(
     def prepare() -> Call:
         inputs = (stride for tensor in (dy, dy_more, dx_more, x) for stride in strides(tensor, 3))
         numbers = (time, batch * time, *inputs, *weight.stride(), *dx.stride(), eps)
-        return Call((programs,), numbers, {"D": width, "R": _ROWS} | _tile(width))
+        return Call((programs,), numbers, {"D": width, "R": _ROWS, "STAGES": _STAGES} | _tile(width))
 
     launch(backward_kernel, (dy, dy_more, dx_more, x, weight, dx, parts), prepare, eps)
     add_parts(parts, dweight)

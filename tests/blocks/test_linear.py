@@ -1,0 +1,76 @@
+"""Linear layers under autocast: what they compute, and gradients of weights that are fp32 sums, not rounded ones."""
+
+from typing import Any
+
+import pytest
+import torch
+from support import relative_error
+from torch import Tensor, nn
+
+from mmrec.blocks.linear import add_linear, linear
+from mmrec.ops.wide_product import wide_product, wide_product_op
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def case(device: str, bias: bool) -> tuple[nn.Linear, Tensor, Tensor]:
+    module = nn.Linear(48, 32, bias=bias).to(device)
+    x = torch.randn(2, 600, 48, device=device, dtype=torch.bfloat16, requires_grad=True)
+    return module, x, torch.randn(2, 600, 32, device=device, dtype=torch.bfloat16, requires_grad=True)
+
+
+def gradients(output: Tensor, *leaves: Any) -> list[Tensor]:
+    torch.manual_seed(1)
+    cotangent = torch.randn(output.shape).to(output.device, torch.bfloat16).to(output.dtype)
+    return list(torch.autograd.grad(output, [leaf for leaf in leaves if leaf is not None], cotangent))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("form", ["bias", "plain", "stream"])
+def test_gradients_of_weights_are_not_rounded(device: str, form: str) -> None:
+    module, x, stream = case(device, form == "bias")
+    leaves = (x, module.weight, module.bias, stream if form == "stream" else None)
+    with torch.autocast(device, torch.bfloat16):
+        ours = add_linear(stream, x, module) if form == "stream" else linear(x, module)
+        theirs = stream + module(x) if form == "stream" else module(x)
+    # What is multiplied is rounded in either form; what comes of it is to be exact.
+    narrow = [None if leaf is None else leaf.detach().bfloat16().double().requires_grad_() for leaf in leaves]
+    wide = nn.functional.linear(*narrow[:3])
+    wide = wide if narrow[3] is None else wide + narrow[3]
+    assert ours.dtype == torch.bfloat16
+    assert relative_error(ours, wide) < 4e-3
+    found, torchs, true = (gradients(ours, *leaves), gradients(theirs, *leaves), gradients(wide, *narrow))
+    assert [g.dtype for g in found] == [g.dtype for g in torchs]
+    for mine, other, truth in zip(found[1:], torchs[1:], true[1:], strict=True):
+        assert relative_error(mine, truth) <= (1e-5 if mine.dtype == torch.float32 else relative_error(other, truth))
+    assert relative_error(found[0], true[0]) < 6e-3
+    assert relative_error(torchs[1], true[1]) > 1e-4  # what is to be gained
+
+
+def test_without_autocast_and_with_hooks_it_is_the_module() -> None:
+    module, x, _ = case("cpu", True)
+    assert torch.equal(linear(x.float(), module), module(x.float()))
+    calls: list[int] = []
+    handle = module.register_forward_hook(lambda *_: calls.append(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(x, module)
+    handle.remove()
+    assert calls == [1]
+
+
+def test_a_frozen_weight_gets_none() -> None:
+    module, x, _ = case("cpu", True)
+    module.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear(x, module).sum().backward()
+    assert x.grad is not None
+    assert module.weight.grad is None
+    assert module.bias.grad is None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_wide_product(device: str) -> None:
+    a, b = (torch.randn(shape, device=device, dtype=torch.bfloat16) for shape in ((40, 300), (300, 16)))
+    for dtype in (torch.bfloat16, torch.float32):
+        torch.library.opcheck(wide_product_op, (a, b, dtype))
+        assert relative_error(wide_product(a, b, dtype), a.double() @ b.double()) < (4e-3 if dtype == torch.bfloat16 else 1e-6)
