@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mmrec.blocks.linear import linear
+from mmrec.blocks.linear import apply_linear
 from mmrec.core.initialization import empty_linear
 
 _RESIDUAL_LIMIT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
@@ -82,7 +82,7 @@ class FusedProjections(nn.Module):
 
     def whole_and_parts(self, x: Tensor) -> tuple[Tensor, Projections]:
         """`W_fused x`, (B, T, 5D + P), and its parts, which are views of it."""
-        whole = linear(x, self.W_fused)
+        whole = apply_linear(x, self.W_fused)
         return whole, Projections(*whole.split(self.widths, dim=-1))
 
 

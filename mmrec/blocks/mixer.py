@@ -17,6 +17,7 @@ from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN
 from mmrec.core.mdi import GateWeights
 from mmrec.ops import decay_log, gated_read_out, gated_scan, memory_address, memory_scan
 from mmrec.ops.column_sum import column_sum
+from mmrec.ops.gelu_backward import gelu_backward
 from mmrec.ops.registration import refuse_second_order
 from mmrec.ops.wide_product import wide_product
 
@@ -102,12 +103,14 @@ def _gate_backward(dlogits: Tensor, gate: _Hidden, x: Tensor, dx: Tensor, relu: 
     """Gradients to `W_in`, `b_in` and `W_out`, in `dtype`; the one to `x` is added to `dx`, in place."""
     inner, W_in, W_out = gate
     flat = dlogits.flatten(0, 1)
-    hidden = inner if relu else F.gelu(inner)
-    dW_out = wide_product(flat.t(), hidden, dtype)
     dhidden = torch.mm(flat, W_out)
-    dinner = torch.ops.aten.threshold_backward(dhidden, inner, 0) if relu else torch.ops.aten.gelu_backward(dhidden, inner)
+    if relu:
+        hidden, dinner = inner, torch.ops.aten.threshold_backward(dhidden, inner, 0)
+        db_in = column_sum(dinner, dtype)
+    else:
+        hidden, dinner, db_in = gelu_backward(dhidden, inner, dtype)
     dx.flatten(0, 1).addmm_(dinner, W_in)
-    return wide_product(dinner.t(), x.flatten(0, 1), dtype), column_sum(dinner, dtype), dW_out
+    return wide_product(dinner.t(), x.flatten(0, 1), dtype), db_in, wide_product(flat.t(), hidden, dtype)
 
 
 def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -113,7 +113,7 @@ class MMRecBlock(nn.Module):
         Returns:
             The output (B, T, D), or a tuple of it and what was asked for, in this order.
         """
-        normed, for_decay, x_BTD = self.norm.branch(x_BTD)
+        normed, for_decay, x_BTD, owned = self.norm.branch(x_BTD)
         log_alpha = self.head_decay(for_decay)
         wanted = return_auxiliary_loss and self.mdi.use_uboo
         gated, z, h, h_target, h_last, M_last = self._mixed(normed, log_alpha, state, reset, wanted)
@@ -123,9 +123,9 @@ class MMRecBlock(nn.Module):
             before = None if state is None else state.planning if state.planning is not None else state.h
             planning = self.planning_error(h, h_target, before, reset, record)
             carried = h_target[:, -1]
-        x_BTD = add_linear(x_BTD, gated, self.W_o)
-        normed, _, x_BTD = self.ffn_norm.branch(x_BTD)
-        x_BTD = self.ffn(normed, x_BTD)
+        x_BTD = add_linear(x_BTD, gated, self.W_o, owned)
+        normed, _, x_BTD, owned = self.ffn_norm.branch(x_BTD)
+        x_BTD = self.ffn(normed, x_BTD, owned)
         if record is not None:
             record["gate_jacobian"] = (z.detach().float() * self.state_gate.w_g.detach() / 4).abs()
 

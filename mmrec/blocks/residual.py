@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from mmrec.ops import rms_norm, rms_norm_branch
+from mmrec.ops.rms_norm import Branch
 
 
 class RMSNorm(nn.RMSNorm):
@@ -14,6 +15,6 @@ class RMSNorm(nn.RMSNorm):
         """(B, T, D) to the same."""
         return rms_norm(x, self.weight, self.eps)
 
-    def branch(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def branch(self, x: Tensor) -> Branch:
         """The normed stream for two readers, and the stream, whose gradients meet in one pass (see `rms_norm_branch`)."""
         return rms_norm_branch(x, self.weight, self.eps)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mmrec.blocks.linear import add_linear, add_product, is_plain, linear
+from mmrec.blocks.linear import add_linear, add_product, apply_linear, is_plain
 from mmrec.ops import swiglu
 from mmrec.ops.registration import refuse_second_order
 from mmrec.ops.wide_product import wide_product
@@ -26,30 +26,32 @@ class SwiGLU(nn.Module):
         self.W_gate_up = nn.Linear(model_dim, 2 * ffn_dim, bias=False)
         self.W_down = nn.Linear(ffn_dim, model_dim, bias=False)
 
-    def forward(self, x: Tensor, stream: Tensor) -> Tensor:
-        """(B, T, D) to (B, T, D), added to the residual `stream`."""
-        gate_up = linear(x, self.W_gate_up)
+    def forward(self, x: Tensor, stream: Tensor, owned: bool = False) -> Tensor:
+        """(B, T, D) to (B, T, D), added to the residual `stream`, in place where it is `owned`."""
+        gate_up = apply_linear(x, self.W_gate_up)
         if self.recompute and is_plain(self.W_down):
-            out: Tensor = _GatedDown.apply(stream, gate_up, self.W_down.weight)
+            out: Tensor = _GatedDown.apply(stream, gate_up, self.W_down.weight, owned)
             return out
-        return add_linear(stream, swiglu(gate_up), self.W_down)
+        return add_linear(stream, swiglu(gate_up), self.W_down, owned)
 
 
 class _GatedDown(torch.autograd.Function):
     """`stream + W swiglu(gate_up)` that keeps `gate_up` alone."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, gate_up: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, stream: Tensor, gate_up: Tensor, weight: Tensor, owned: bool) -> Tensor:
         narrow = weight.to(gate_up.dtype)
         ctx.save_for_backward(gate_up, narrow)
         ctx.weight_dtype = weight.dtype
-        return add_product(stream, swiglu(gate_up), narrow)
+        if owned:
+            ctx.mark_dirty(stream)
+        return add_product(stream, swiglu(gate_up), narrow, owned)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order("a feed-forward that recomputes", "set activation_checkpointing to false")
         gate_up, weight = ctx.saved_tensors
         flat = dy.flatten(0, 1)
         dweight = wide_product(flat.t(), swiglu(gate_up).flatten(0, 1), ctx.weight_dtype)
         dgated = torch.mm(flat, weight).view(*dy.shape[:2], -1)
-        return dy, torch.ops.mmrec.swiglu_bwd(dgated, gate_up), dweight
+        return dy, torch.ops.mmrec.swiglu_bwd(dgated, gate_up), dweight, None

@@ -19,6 +19,7 @@ from mmrec.ops.gated_read_out import gated_read_out_naive
 from mmrec.ops.head_decay import head_decay_naive
 from mmrec.ops.memory_address import l2norm
 from mmrec.ops.planning_error import planning_error_naive
+from mmrec.ops.rms_norm import Branch
 
 
 def _decay_log(
@@ -35,17 +36,17 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> Branch:
     normed = _rms_norm(x, weight, eps)
-    return normed, normed, x
+    return Branch(normed, normed, x, owned=False)
 
 
-def _linear(x: Tensor, linear: nn.Linear) -> Tensor:
+def _apply_linear(x: Tensor, linear: nn.Linear) -> Tensor:
     result: Tensor = linear(x)
     return result
 
 
-def _add_linear(stream: Tensor, x: Tensor, linear: nn.Linear) -> Tensor:
+def _add_linear(stream: Tensor, x: Tensor, linear: nn.Linear, owned: bool) -> Tensor:
     return stream + linear(x)
 
 
@@ -67,8 +68,8 @@ def plain_passes() -> Iterator[None]:
         (residual, "rms_norm_branch", _rms_norm_branch),
         (mm_rec_block, "add_linear", _add_linear),
         (swiglu, "add_linear", _add_linear),
-        (swiglu, "linear", _linear),
-        (hem, "linear", _linear),
+        (swiglu, "apply_linear", _apply_linear),
+        (hem, "apply_linear", _apply_linear),
         (swiglu, "is_plain", lambda linear: False),  # nothing is recomputed in a function of its own
         (uboo, "planning_error", planning_error_naive),
         (swiglu, "swiglu", _swiglu),

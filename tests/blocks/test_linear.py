@@ -7,7 +7,8 @@ import torch
 from support import relative_error
 from torch import Tensor, nn
 
-from mmrec.blocks.linear import add_linear, linear
+from mmrec.blocks.linear import add_linear, apply_linear
+from mmrec.blocks.swiglu import SwiGLU
 from mmrec.ops.wide_product import wide_product, wide_product_op
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -31,7 +32,7 @@ def test_gradients_of_weights_are_not_rounded(device: str, form: str) -> None:
     module, x, stream = case(device, form == "bias")
     leaves = (x, module.weight, module.bias, stream if form == "stream" else None)
     with torch.autocast(device, torch.bfloat16):
-        ours = add_linear(stream, x, module) if form == "stream" else linear(x, module)
+        ours = add_linear(stream, x, module) if form == "stream" else apply_linear(x, module)
         theirs = stream + module(x) if form == "stream" else module(x)
     # What is multiplied is rounded in either form; what comes of it is to be exact.
     narrow = [None if leaf is None else leaf.detach().bfloat16().double().requires_grad_() for leaf in leaves]
@@ -47,13 +48,37 @@ def test_gradients_of_weights_are_not_rounded(device: str, form: str) -> None:
     assert relative_error(torchs[1], true[1]) > 1e-4  # what is to be gained
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("last", [add_linear, "feed-forward"])
+def test_an_owned_stream_becomes_the_sum(device: str, autocast: bool, last: Any) -> None:
+    """The same output and gradients, in the stream's own memory."""
+    if last == "feed-forward":
+        ffn = SwiGLU(48, 16, recompute=True).to(device)
+        leaves, run = [ffn.W_gate_up.weight, ffn.W_down.weight], lambda stream, x, owned: ffn(x, stream, owned)
+    else:
+        module = nn.Linear(48, 48, bias=False).to(device)
+        leaves, run = [module.weight], lambda stream, x, owned: add_linear(stream, x, module, owned)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    stream, x = (torch.randn(2, 30, 48, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    outputs = []
+    for owned in (True, False):
+        copy = stream.clone()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast):
+            output = run(copy, x, owned)
+        assert (output.data_ptr() == copy.data_ptr()) == owned
+        outputs.append([output, *gradients(output, stream, x, *leaves)])
+    for ours, expected in zip(*outputs, strict=True):
+        assert relative_error(ours, expected) < (8e-3 if autocast else 1e-6)
+
+
 def test_without_autocast_and_with_hooks_it_is_the_module() -> None:
     module, x, _ = case("cpu", True)
-    assert torch.equal(linear(x.float(), module), module(x.float()))
+    assert torch.equal(apply_linear(x.float(), module), module(x.float()))
     calls: list[int] = []
     handle = module.register_forward_hook(lambda *_: calls.append(1))
     with torch.autocast("cpu", torch.bfloat16):
-        linear(x, module)
+        apply_linear(x, module)
     handle.remove()
     assert calls == [1]
 
@@ -62,7 +87,7 @@ def test_a_frozen_weight_gets_none() -> None:
     module, x, _ = case("cpu", True)
     module.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16):
-        linear(x, module).sum().backward()
+        apply_linear(x, module).sum().backward()
     assert x.grad is not None
     assert module.weight.grad is None
     assert module.bias.grad is None

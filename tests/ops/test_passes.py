@@ -25,6 +25,7 @@ from mmrec.ops.planning_error import kernels as planning_kernels
 from mmrec.ops.planning_error import planning_error_naive
 from mmrec.ops.rms_norm import kernels as norm_kernels
 from mmrec.ops.rms_norm import rms_norm_naive
+from mmrec.ops.rms_norm.operator import rms_norm_with_copy
 from mmrec.ops.swiglu import kernels as swiglu_kernels
 from mmrec.ops.swiglu import swiglu_naive
 
@@ -286,6 +287,12 @@ def test_the_gradients_of_a_branch_meet_in_one_pass(setting: Setting, time: int)
         for ours, truth in zip(actual, expected, strict=True):
             assert (ours is None) == (truth is None)
             assert truth is None or ours is None or assert_same(ours, truth, limit=TOLERANCE[setting.dtype]) is None
+    with torch.no_grad():
+        found = rms_norm_branch(x, weight, 1e-6)
+    assert torch.equal(found.normed, rms_norm(x, weight, 1e-6))
+    assert torch.equal(found.stream, x)
+    assert found.owned == (setting.device == "cuda" or INTERPRETED == setting) == (found.stream.data_ptr() != x.data_ptr())
+    torch.library.opcheck(rms_norm_with_copy, (x, weight, 1e-6))
     y = rms_norm_branch(x.requires_grad_(), weight, 1e-6)[0]
     with pytest.raises(RuntimeError, match="rms_norm_branch has no second derivative"):
         torch.autograd.grad(y.sum(), x, create_graph=True)

@@ -1,16 +1,31 @@
 """RMSNorm of the residual stream, and the branch that it opens: one pass forward, one backward that adds the stream's own gradient."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmrec.ops.common import check_scan_inputs, check_shape
-from mmrec.ops.registration import refuse_second_order
+from mmrec.ops.registration import INTERPRETED, refuse_second_order
 from mmrec.ops.rms_norm.naive import rms_norm_naive
-from mmrec.ops.rms_norm.operator import rms_norm_bwd, rms_norm_op
+from mmrec.ops.rms_norm.operator import rms_norm_bwd, rms_norm_op, rms_norm_with_copy
 
-__all__ = ["rms_norm", "rms_norm_branch", "rms_norm_naive"]
+__all__ = ["Branch", "rms_norm", "rms_norm_branch", "rms_norm_naive"]
+
+
+class Branch(NamedTuple):
+    """What `rms_norm_branch` returns.
+
+    Attributes:
+        normed, again: `rms_norm(x)`, one tensor, for its two readers.
+        stream: `x`.
+        owned: whether `stream` is a copy of `x` that whoever adds to it may overwrite.
+    """
+
+    normed: Tensor
+    again: Tensor
+    stream: Tensor
+    owned: bool
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -32,20 +47,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return output
 
 
-def rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> Branch:
     """The normed stream twice, for its two readers, and the stream itself: in the backward all three gradients meet in one pass.
 
-    Arguments and errors as `rms_norm`'s.
+    On a GPU the norm, which has `x` in its registers, also writes the tensor in which the branch's product will add to the stream: torch's
+    would copy the stream there first. Not under a compiler, which knows no function that overwrites its input.
 
-    Returns:
-        `rms_norm(x)`, the same tensor again, and `x`.
+    Arguments and errors as `rms_norm`'s.
     """
     _check(x, weight)
+    owned = (x.is_cuda or INTERPRETED) and not torch.compiler.is_compiling()
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
-        normed: Tensor = rms_norm_op(x, weight, eps)
-        return normed, normed, x
-    outputs: tuple[Tensor, Tensor, Tensor] = _Branch.apply(x, weight, eps)
-    return outputs
+        normed, stream = rms_norm_with_copy(x, weight, eps) if owned else (rms_norm_op(x, weight, eps), x)
+        return Branch(normed, normed, stream, owned)
+    return Branch(*_Branch.apply(x, weight, eps, owned), owned)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:
@@ -57,12 +72,12 @@ class _Branch(torch.autograd.Function):
     """Autograd would add the gradients of `x` and of both readers one by one, each sum three passes over memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, owned: bool) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
         ctx.set_materialize_grads(False)
-        normed = rms_norm_op(x, weight, eps)
-        return normed, normed.view_as(normed), x.view_as(x)
+        normed, stream = rms_norm_with_copy(x, weight, eps) if owned else (rms_norm_op(x, weight, eps), x.view_as(x))
+        return normed, normed.view_as(normed), stream
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dy_more: Tensor | None, dx_more: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -71,6 +86,6 @@ class _Branch(torch.autograd.Function):
         if dy is None:
             dy, dy_more = dy_more, None
         if dy is None:
-            return dx_more, None, None
+            return dx_more, None, None, None
         dx, dweight = rms_norm_bwd(dy, dy_more, dx_more, x, weight, ctx.eps)
-        return dx, dweight, None
+        return dx, dweight, None, None

@@ -30,6 +30,7 @@ def forward_kernel(
     x_ptr,
     weight_ptr,
     y_ptr,
+    copy_ptr,
     T,
     x_stride_b,
     x_stride_t,
@@ -41,6 +42,7 @@ def forward_kernel(
     D: tl.constexpr,
     BD: tl.constexpr,
 ):
+    """`copy`, if it is wanted, gets the row as it was read, laid out as `y` is."""
     row = tl.program_id(0)
     columns = tl.arange(0, BD).to(tl.int64)
     inside = columns < D
@@ -48,6 +50,8 @@ def forward_kernel(
     weight = tl.load(weight_ptr + columns * weight_stride, mask=inside, other=0.0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
     tl.store(_row(y_ptr, row, T, y_stride_b, y_stride_t) + columns, y.to(y_ptr.dtype.element_ty), mask=inside)
+    if copy_ptr is not None:
+        tl.store(_row(copy_ptr, row, T, y_stride_b, y_stride_t) + columns, x.to(copy_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["T", "rows"])
@@ -114,17 +118,18 @@ def _tile(width: int) -> dict[str, int]:
     return {"BD": columns, "num_warps": min(16, max(1, columns // _A_WARP))}
 
 
-def launch_forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The normed rows (B, T, D), contiguous in the dtype of `x`."""
+def launch_forward(x: Tensor, weight: Tensor, eps: float, copied: bool = False) -> tuple[Tensor, Tensor | None]:
+    """The normed rows and, if wanted, a copy of `x`, each (B, T, D), contiguous in the dtype of `x`."""
     batch, time, width = x.shape
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    copy = torch.empty_like(y) if copied else None
 
     def prepare() -> Call:
         numbers = (time, *x.stride(), *weight.stride(), *y.stride()[:2], eps)
         return Call((batch * time,), numbers, {"D": width} | _tile(width))
 
-    launch(forward_kernel, (x, weight, y), prepare, eps)
-    return y
+    launch(forward_kernel, (x, weight, y, copy), prepare, eps)
+    return y, copy
 
 
 def launch_backward(

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mmrec.ops.common import state_dtype
@@ -14,8 +15,18 @@ def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if runs_kernel(x, state_dtype(x, weight)):
         from mmrec.ops.rms_norm.kernels import launch_forward  # Triton exists on Linux alone
 
-        return launch_forward(x, weight, eps)
+        return launch_forward(x, weight, eps)[0]
     return rms_norm_naive(x, weight, eps).contiguous()
+
+
+def _with_copy(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if runs_kernel(x, state_dtype(x, weight)):
+        from mmrec.ops.rms_norm.kernels import launch_forward
+
+        normed, copy = launch_forward(x, weight, eps, copied=True)
+        assert copy is not None
+        return normed, copy
+    return rms_norm_naive(x, weight, eps).contiguous(), x.clone(memory_format=torch.contiguous_format)
 
 
 def _backward_out(
@@ -43,6 +54,11 @@ def _backward(dy: Tensor, dy_more: Tensor | None, dx_more: Tensor | None, x: Ten
 
 
 rms_norm_op = register("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _forward, lambda x, weight, eps: x.new_empty(x.shape))
+rms_norm_with_copy = register(
+    "rms_norm_with_copy(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _with_copy,
+    lambda x, weight, eps: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
 # `dy_more`: a second reader's gradient; `dx_more`: what reaches `x` past the norm.
 _INPUTS = "Tensor dy, Tensor? dy_more, Tensor? dx_more, Tensor x, Tensor weight, float eps"
 rms_norm_bwd = register(f"rms_norm_bwd({_INPUTS}) -> (Tensor, Tensor)", _backward, _backward_fake)
