@@ -142,7 +142,7 @@ def test_without_uboo_there_is_no_auxiliary_loss_and_no_projection() -> None:
 def test_the_model_calls_its_operators() -> None:
     with RecordedOperators() as recorded:
         small()(tokens())
-    assert [name for name in recorded.names if name.endswith("_scan")] == ["gated_scan", "memory_scan"] * 2
+    assert [name for name in recorded.names if "_scan" in name] == ["gated_scan_from_logits", "memory_scan_kept"] * 2
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 23, 50])
@@ -203,10 +203,10 @@ def test_activation_checkpointing_keeps_less_and_computes_again() -> None:
         kept[activation_checkpointing] = sum(sizes)
         with RecordedOperators() as recorded:
             loss.backward()
-        assert recorded.names.count("gated_scan") == (2 if activation_checkpointing is True else 0)
-        assert recorded.names.count("swiglu") == recorded.names.count("memory_address") == (2 if activation_checkpointing else 0)
+        assert recorded.names.count("gated_scan_from_logits") == (2 if activation_checkpointing is True else 0)
+        assert recorded.names.count("swiglu") == recorded.names.count("memory_address_scaled") == (2 if activation_checkpointing else 0)
     assert kept[True] < kept[False] / 3
-    assert kept[False] - kept["selective"] == 2 * tokens().numel() * (3 * 32 + model.config.ffn_width)
+    assert kept[False] - kept["selective"] == 2 * tokens().numel() * (2 * 32 + 2 * model.config.heads + model.config.ffn_width)
 
 
 def test_set_hem_converts_the_whole_network_and_says_so() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from mmrec.core import uboo
 from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN
 from mmrec.core.mdi import GateWeights
-from mmrec.ops import decay_log, gated_read_out, gated_scan, memory_address, memory_scan
+from mmrec.ops import gated_read_out, gated_scan_from_logits
 from mmrec.ops.column_sum import column_sum
 from mmrec.ops.gelu_backward import gelu_backward
 from mmrec.ops.registration import refuse_second_order
@@ -69,11 +69,12 @@ def mix(
         h0, M0, reset: as the operators'.
         eps: of the read-out's norms.
         orthogonalize: what reaches `h` through `Mixed.h` loses its part along what reaches it through `gated` (see `uboo.route`).
-        recompute: keep neither decays nor addresses for the backward, which forms them again: 8 of 34 bytes a channel in bf16.
+        recompute: keep neither addresses nor memories for the backward, which forms them again: 8 of 29 bytes a channel in bf16, with heads
+            of 128.
     """
     gates = (*decay, *(context or (None,) * 4))
     tensors = (fused, *(parts if fused is None else (None,) * _PARTS), log_alpha, *gates, w_g, g_r, g_h, h0, M0, reset)
-    return Mixed(*_Mix.apply(eps, orthogonalize, recompute, *tensors))
+    return Mixed(*_Mix.apply(eps, orthogonalize, torch.is_grad_enabled() and not recompute, *tensors))
 
 
 def _split(fused: Tensor, channels: int) -> tuple[Tensor, ...]:
@@ -113,46 +114,47 @@ def _gate_backward(dlogits: Tensor, gate: _Hidden, x: Tensor, dx: Tensor, relu: 
     return wide_product(dinner.t(), x.flatten(0, 1), dtype), db_in, wide_product(flat.t(), hidden, dtype)
 
 
-def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    return memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
+def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the long-term memory, and the scales by which they became unit vectors."""
+    found: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.memory_address_scaled(*(x.unflatten(-1, heads) for x in (q, k, h)))
+    return found
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, eps: float, orthogonalize: bool, recompute: bool, fused: Tensor | None, *rest: Any) -> Any:
+    def forward(ctx: Any, eps: float, orthogonalize: bool, keep: bool, fused: Tensor | None, *rest: Any) -> Any:
         six, (log_alpha, W_in, b_in, W_out, out_bias, cW_in, cb_in, cW_out, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
         heads = (g_r.shape[0], g_r.shape[1])
         relu = cW_in is None
         gate, logits = _gate(z, W_in, b_in, W_out, relu)
         c_gate, c_logits = ((None,) * 3, None) if relu else _gate(k, cW_in, cb_in, cW_out, relu)
-        log_gamma = decay_log(logits, out_bias, c_logits, cout_bias, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX)
-        h, h_last = gated_scan(z, p, log_gamma, w_g, h0, reset)
-        query, key = _addresses(q, k, h, heads)
-        r, M_last = memory_scan(query, key, v.unflatten(-1, heads), log_alpha, M0, reset)
+        gate_logits = (logits, out_bias, c_logits, cout_bias)
+        h, h_last = gated_scan_from_logits(z, p, *gate_logits, w_g, h0, reset, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX)
+        query, key, *scales = _addresses(q, k, h, heads)
+        memory = _ops.memory_scan_kept if keep else _ops.memory_scan
+        r, M_last, *memories = memory(query, key, v.unflatten(-1, heads), log_alpha, M0, reset, 1.0)
         gated = gated_read_out(r, h.unflatten(-1, heads), e.unflatten(-1, heads), g_r, g_h, eps).flatten(-2)
         ctx.eps, ctx.orthogonalize = eps, orthogonalize
         ctx.set_materialize_grads(False)
-        again = (None, None, None) if recompute else (log_gamma, query, key)
-        ctx.save_for_backward(fused, *rest, *gate, *c_gate, logits, c_logits, h, r, *again)
+        kept = (query, key, *scales, *memories) if keep else (None,) * 5
+        ctx.save_for_backward(fused, *rest, *gate, *c_gate, logits, c_logits, h, r, *kept)
         return gated, h, h_last, M_last
 
     @staticmethod
     def backward(ctx: Any, dgated: Tensor | None, dh: Tensor | None, dh_last: Tensor | None, dM_last: Tensor | None) -> Any:
         refuse_second_order("a block", "build the loss from its operators' naive forms")
         fused, *rest = ctx.saved_tensors
-        rest, gate, c_gate, (logits, c_logits, h, r, log_gamma, query, key) = rest[:-13], rest[-13:-10], rest[-10:-7], rest[-7:]
+        rest, gate, c_gate, (logits, c_logits, h, r, query, key, *scales, memories) = rest[:-15], rest[-15:-12], rest[-12:-9], rest[-9:]
         six, (log_alpha, W_in, *_, out_bias, cW_in, _, _, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
         dfused = None if fused is None else torch.empty_like(fused)
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
         dq, dk, dv, dz, dp, de = parts = (
             [torch.empty_like(x) for x in six] if fused is None or dfused is None else _split(dfused, w_g.shape[0])
         )
-        heads, relu = (g_r.shape[0], g_r.shape[1]), cW_in is None
-        bounds = (LOG_GAMMA_MIN, LOG_GAMMA_MAX)
-        if log_gamma is None:
-            log_gamma = decay_log(logits, out_bias, c_logits, cout_bias, low=bounds[0], high=bounds[1])
-            query, key = _addresses(q, k, h, heads)
+        heads, relu, wide = (g_r.shape[0], g_r.shape[1]), cW_in is None, torch.promote_types(h.dtype, torch.float32)
+        if query is None:
+            query, key, *scales = _addresses(q, k, h, heads)
         h_heads = h.unflatten(-1, heads)
         dgated = torch.zeros_like(h) if dgated is None else dgated
 
@@ -161,21 +163,18 @@ class _Mix(torch.autograd.Function):
         dg_r, dg_h = torch.empty_like(g_r), torch.empty_like(g_h)
         e_heads, de_heads = e.unflatten(-1, heads), de.unflatten(-1, heads)
         _ops.gated_read_out_bwd_out(dgated.unflatten(-1, heads), r, h_heads, e_heads, g_r, g_h, ctx.eps, dr, dm, de_heads, dg_r, dg_h)
-        dquery, dkey, dlog_alpha = torch.empty_like(query), torch.empty_like(key), torch.empty_like(log_alpha)
-        state = h.new_empty((h.shape[0], heads[0], heads[1], heads[1]), dtype=log_gamma.dtype) if M0 is None else torch.empty_like(M0)
-        memory = (query, key, v.unflatten(-1, heads), log_alpha, M0, reset, 1.0)
-        _ops.memory_scan_bwd_out(dr, dM_last, *memory, dquery, dkey, dv.unflatten(-1, heads), dlog_alpha, state)
-        address = (q.unflatten(-1, heads), k.unflatten(-1, heads), h_heads, dq.unflatten(-1, heads), dk.unflatten(-1, heads))
-        dh_out = torch.empty_like(h)
-        _ops.memory_address_bwd_out(dquery, dkey, *address, dh_out.unflatten(-1, heads), dm)
+        dlog_alpha, dh_out = torch.empty_like(log_alpha), torch.empty_like(h)
+        state = h.new_empty((h.shape[0], heads[0], heads[1], heads[1]), dtype=wide) if M0 is None else torch.empty_like(M0)
+        memory = (query, key, v.unflatten(-1, heads), log_alpha, M0, reset, 1.0, memories, *scales, dm)
+        dq_heads, dk_heads, dv_heads = (gradient.unflatten(-1, heads) for gradient in (dq, dk, dv))
+        _ops.addressed_memory_bwd_out(dr, dM_last, *memory, dq_heads, dk_heads, dv_heads, dlog_alpha, state, dh_out.unflatten(-1, heads))
         if dh is not None:
             dh_out = dh_out + (uboo.project_out(dh, dh_out) if ctx.orthogonalize else dh)
-        dlog_gamma, dw_g = torch.empty_like(log_gamma), torch.empty_like(w_g)
-        dh0 = h.new_empty(h[:, 0].shape, dtype=log_gamma.dtype) if h0 is None else torch.empty_like(h0)
-        _ops.gated_scan_bwd_out(dh_out, dh_last, h, z, p, log_gamma, w_g, h0, reset, dz, dp, dlog_gamma, dw_g, dh0)
-        dlogits, dout_bias = torch.empty_like(logits), torch.empty_like(out_bias)
+        dlogits, dout_bias, dw_g = torch.empty_like(logits), torch.empty_like(out_bias), torch.empty_like(w_g)
         dc_logits, dcout_bias = (None, None) if relu else (torch.empty_like(c_logits), torch.empty_like(cout_bias))
-        _ops.decay_log_bwd_out(dlog_gamma, logits, out_bias, c_logits, cout_bias, *bounds, dlogits, dout_bias, dc_logits, dcout_bias)
+        dh0 = h.new_empty(h[:, 0].shape, dtype=wide) if h0 is None else torch.empty_like(h0)
+        scan = (z, p, logits, out_bias, c_logits, cout_bias, w_g, h0, reset, LOG_GAMMA_MIN, LOG_GAMMA_MAX)
+        _ops.gated_scan_from_logits_bwd_out(dh_out, dh_last, h, *scan, dz, dp, dlogits, dout_bias, dc_logits, dcout_bias, dw_g, dh0)
         decay = (*_gate_backward(dlogits, _Hidden(*gate), z, dz, relu, W_in.dtype), dout_bias)
         context: tuple[Tensor | None, ...] = (None,) * 4
         if dc_logits is not None:

@@ -8,7 +8,7 @@ everywhere. States and log-decays are fp32 inside, whatever the inputs' dtype.
 from mmrec.ops.decay_log import decay_log
 from mmrec.ops.exp_product_scan import exp_product_scan
 from mmrec.ops.gated_read_out import gated_read_out
-from mmrec.ops.gated_scan import gated_scan
+from mmrec.ops.gated_scan import gated_scan, gated_scan_from_logits
 from mmrec.ops.head_decay import head_decay
 from mmrec.ops.linear_scan import linear_scan
 from mmrec.ops.memory_address import memory_address
@@ -22,6 +22,7 @@ __all__ = [
     "exp_product_scan",
     "gated_read_out",
     "gated_scan",
+    "gated_scan_from_logits",
     "head_decay",
     "linear_scan",
     "memory_address",

@@ -1,7 +1,10 @@
-"""The four operators with random inputs and the settings they run in, described once for all tests of this folder."""
+"""The recurrences with random inputs and the settings they run in, described once for all tests of this folder."""
 
+import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -9,9 +12,10 @@ import torch
 from support import TOLERANCE
 from torch import Tensor
 
-from mmrec.ops import exp_product_scan, gated_scan, linear_scan, memory_scan
+from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN
+from mmrec.ops import exp_product_scan, gated_scan, gated_scan_from_logits, linear_scan, memory_scan
 from mmrec.ops.exp_product_scan import exp_product_scan_naive
-from mmrec.ops.gated_scan import gated_scan_naive
+from mmrec.ops.gated_scan import gated_scan_from_logits_naive, gated_scan_naive
 from mmrec.ops.linear_scan import linear_scan_naive
 from mmrec.ops.memory_scan import memory_scan_naive
 
@@ -132,6 +136,9 @@ class Case:
                 if self.name == "exp_product_scan":
                     logs *= min(1.0, 20 / (-low * max(time, 1)))  # else the product lies below, or the sum rounds above, what fp32 allows
                 inputs[name] = logs.to(setting.device, setting.gate_dtype or setting.wide)
+            elif name.endswith("bias"):
+                logs = (low + (high - low) * torch.rand(shape, dtype=setting.wide)) / 2  # of one gate of two
+                inputs[name] = (logs - torch.log(-torch.expm1(logs))).to(setting.device)
             else:
                 narrow = "T" in letters
                 inputs[name] = torch.randn(shape, dtype=setting.wide).to(setting.device, setting.dtype if narrow else setting.wide)
@@ -169,9 +176,36 @@ CASES = [
         {"q": "BTHK", "k": "BTHK", "v": "BTHV", "log_alpha": "BTH", "M0": "BHKV"},
         "M0",
     ),
+    Case(
+        "gated_scan_from_logits",
+        partial(gated_scan_from_logits, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX),
+        partial(gated_scan_from_logits_naive, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX),
+        {"z": "BTD", "p": "BTP", "logits": "BTD", "bias": "D", "context": "BTD", "context_bias": "D", "w_g": "D", "h0": "BD"},
+        "h0",
+    ),
 ]
-EXP, LINEAR, GATED, MEMORY = CASES
-LAUNCHERS = {"memory_scan": "launchers"}  # an operator's module with `launch_forward` and `launch_backward`, where not `kernels`
+EXP, LINEAR, GATED, MEMORY, GATED_LOGITS = CASES
+ONE_GATE = replace(
+    GATED_LOGITS,
+    op=partial(GATED_LOGITS.op, context=None, context_bias=None),
+    naive=partial(GATED_LOGITS.naive, context=None, context_bias=None),
+    shapes={name: letters for name, letters in GATED_LOGITS.shapes.items() if "context" not in name},
+)
+# Where not in `kernels` and `operator` of a folder of the operator's name.
+_LAUNCHERS = {"memory_scan": "memory_scan.launchers", "gated_scan_from_logits": "gated_scan.kernels_from_logits"}
+_OPERATORS = {"gated_scan_from_logits": "gated_scan.operator_from_logits"}
+
+
+def launchers(operator: str) -> ModuleType:
+    """Where `launch_forward` and `launch_backward` of an operator are."""
+    return importlib.import_module("mmrec.ops." + _LAUNCHERS.get(operator, f"{operator}.kernels"))
+
+
+def definition(operator: str) -> ModuleType:
+    """Where an operator chooses between its kernels and its PyTorch form."""
+    return importlib.import_module("mmrec.ops." + _OPERATORS.get(operator, f"{operator}.operator"))
+
+
 by_name = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 with_reset = pytest.mark.parametrize("case", [case for case in CASES if case.has_reset], ids=lambda case: case.name)
 

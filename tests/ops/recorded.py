@@ -1,12 +1,11 @@
 """What was called: the operators of ours that torch dispatched, with their arguments, and the kernels that ran."""
 
-import importlib
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 import torch
-from cases import LAUNCHERS, Case, Setting
+from cases import Case, Setting, launchers
 from support import RecordedOperators
 from torch import Tensor
 
@@ -15,13 +14,13 @@ def recorded_launches(monkeypatch: pytest.MonkeyPatch, operators: Iterable[str])
     """A list that gets `<op>` where the kernels of an operator run and `<op>_bwd` where those of its backward do."""
     launched: list[str] = []
     for called in operators:
-        module = importlib.import_module(f"mmrec.ops.{called}.{LAUNCHERS.get(called, 'kernels')}")
+        module = launchers(called)
         for name, entry in (("launch_forward", called), ("launch_backward", f"{called}_bwd")):
             original = getattr(module, name)
 
-            def noted(*args: Any, _entry: str = entry, _original: Any = original) -> Any:
+            def noted(*args: Any, _entry: str = entry, _original: Any = original, **options: Any) -> Any:
                 launched.append(_entry)
-                return _original(*args)
+                return _original(*args, **options)
 
             monkeypatch.setattr(module, name, noted)
     return launched

@@ -1,14 +1,14 @@
 """Every kernel compiles for the GPUs it is meant for, without one: Triton's interpreter lets pass what its compiler refuses."""
 
-import importlib
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, LAUNCHERS, Case
+from cases import EXP, GATED, GATED_LOGITS, LINEAR, MEMORY, ONE_GATE, Case, definition, launchers
 from kernel_tools import SHARED_MEMORY, compiled_for
 
 from mmrec.ops import sums
+from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.launching import Call
 from mmrec.ops.memory_scan import chaining
 
@@ -18,11 +18,9 @@ Launched = tuple[Any, tuple[torch.Tensor | None, ...], Call]
 def launches(case: Case, dtype: torch.dtype, sizes: dict[str, int], full: bool, monkeypatch: pytest.MonkeyPatch) -> list[Launched]:
     """What forward and backward would launch, on memory nobody touches; `full`: with a state, document starts, the last state used."""
     found: list[Launched] = []
-    folder = f"mmrec.ops.{case.name}"
-    monkeypatch.setattr(importlib.import_module(f"{folder}.operator"), "runs_kernel", lambda *_: True)
-    launchers = importlib.import_module(f"{folder}.{LAUNCHERS.get(case.name, 'kernels')}")
-    monkeypatch.setattr(launchers, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
-    monkeypatch.setattr(chaining, "launch", launchers.launch)
+    monkeypatch.setattr(definition(case.name), "runs_kernel", lambda *_: True)
+    for module in (launchers("gated_scan" if case in (GATED_LOGITS, ONE_GATE) else case.name), chaining, decay_kernels):
+        monkeypatch.setattr(module, "launch", lambda kernel, tensors, prepare, *constants: found.append((kernel, tensors, prepare())))
     monkeypatch.setattr(sums, "launch", lambda *_: None)
     inputs = {}
     for name, letters in case.shapes.items():
@@ -37,13 +35,16 @@ def launches(case: Case, dtype: torch.dtype, sizes: dict[str, int], full: bool, 
     return found
 
 
+RECURRENCES = (EXP, LINEAR, GATED, GATED_LOGITS)
 KINDS = [
-    *((case, torch.bfloat16, {"D": 4096, "P": 4096}) for case in CASES[:3]),
-    *((case, torch.float32, {"D": 40, "P": 10}) for case in CASES[:3]),
-    (CASES[1], torch.bfloat16, {"D": 2048, "P": 2048}),  # the class between few and many channels
-    *((CASES[3], torch.bfloat16, {"H": 32, "K": width, "V": width}) for width in (64, 128, 256, 512)),
-    *((CASES[3], torch.bfloat16, {"H": heads, "K": width, "V": width}) for heads, width in ((8, 128), (1, 512))),  # few heads
-    (CASES[3], torch.float32, {"H": 2, "K": 20, "V": 20}),
+    *((case, torch.bfloat16, {"D": 4096, "P": 4096}) for case in RECURRENCES),
+    *((case, torch.float32, {"D": 40, "P": 10}) for case in RECURRENCES),
+    (LINEAR, torch.bfloat16, {"D": 2048, "P": 2048}),  # the class between few and many channels
+    (GATED_LOGITS, torch.bfloat16, {"D": 1024, "P": 1024}),
+    *((ONE_GATE, torch.bfloat16, {"D": width, "P": width}) for width in (1024, 4096)),
+    *((MEMORY, torch.bfloat16, {"H": 32, "K": width, "V": width}) for width in (64, 128, 256, 512)),
+    *((MEMORY, torch.bfloat16, {"H": heads, "K": width, "V": width}) for heads, width in ((8, 128), (1, 512))),  # few heads
+    (MEMORY, torch.float32, {"H": 2, "K": 20, "V": 20}),
 ]
 
 

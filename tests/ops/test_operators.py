@@ -222,7 +222,7 @@ def test_no_future_token_changes_a_past_output(case: Case, setting: Setting, tim
     for name in case.sequence:
         changed[name][:, begin:] = case.draw(setting, 20)[name]
     after, _ = case.op(**changed)
-    if case.name == "gated_scan" and setting.dtype != torch.float64:
+    if case.name.startswith("gated_scan") and setting.dtype != torch.float64:
         # A tile of Newton's iteration ends when its worst token has converged: later ones decide about the last bits.
         assert_same(before[:, :begin], after[:, :begin], limit=TOLERANCE[setting.dtype] / 10)
     else:

@@ -291,7 +291,7 @@ def test_the_gradients_of_a_branch_meet_in_one_pass(setting: Setting, time: int)
         found = rms_norm_branch(x, weight, 1e-6)
     assert torch.equal(found.normed, rms_norm(x, weight, 1e-6))
     assert torch.equal(found.stream, x)
-    assert found.owned == (setting.device == "cuda" or INTERPRETED == setting) == (found.stream.data_ptr() != x.data_ptr())
+    assert found.owned == (setting.device == "cuda" or setting == INTERPRETED) == (found.stream.data_ptr() != x.data_ptr())
     torch.library.opcheck(rms_norm_with_copy, (x, weight, 1e-6))
     y = rms_norm_branch(x.requires_grad_(), weight, 1e-6)[0]
     with pytest.raises(RuntimeError, match="rms_norm_branch has no second derivative"):

@@ -276,8 +276,8 @@ def test_plain_passes_are_the_same_function(use_dpg: bool) -> None:
     with RecordedOperators() as plain:
         actual = with_plain_passes(lambda: block(x))()
     assert_same(actual, expected)
-    passes = {"rms_norm", "head_decay", "decay_log", "memory_address", "gated_read_out", "swiglu"}
-    assert set(fused.names) == {*passes, "gated_scan", "memory_scan"}
+    passes = {"rms_norm", "head_decay", "memory_address_scaled", "gated_read_out", "swiglu"}
+    assert set(fused.names) == {*passes, "gated_scan_from_logits", "memory_scan_kept"}
     assert plain.names == ["gated_scan", "memory_scan"]
     with RecordedOperators() as after:
         block(x)

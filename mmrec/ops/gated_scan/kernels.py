@@ -1,6 +1,7 @@
-"""Launchers of `gated_scan`'s kernels: which kernel, with which tiles, on which strides."""
+"""Launchers of `gated_scan`'s kernels: which kernel, with which tiles, on which strides; with γ from its log or from logits."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,24 +20,79 @@ from mmrec.ops.tuning import channel_class, launch_options
 CHANNELS, WORTH = 16384, 16
 
 
+class Decay(NamedTuple):
+    """What γ comes from, or the gradients to it: log-decays, or the logits of one or two gates with their biases.
+
+    Attributes:
+        values: (B, T, D), `log_gamma`, or the first gate's logits where there is a bias.
+        bias, context_bias: (D,), of the logits.
+        context: (B, T, D), the second gate's logits.
+        low, high: bounds of log γ where it comes from logits.
+    """
+
+    values: Tensor
+    bias: Tensor | None = None
+    context: Tensor | None = None
+    context_bias: Tensor | None = None
+    low: float = 0.0
+    high: float = 0.0
+
+    def bounds(self) -> tuple[float, float, float, float]:
+        """Of γ and of 1 − γ, as the kernels take them."""
+        return math.exp(self.low), math.exp(self.high), -math.expm1(self.high), -math.expm1(self.low)
+
+    def flags(self) -> dict[str, bool]:
+        """The kernels' constants."""
+        return {"LOGITS": self.bias is not None, "HAS_CONTEXT": self.context is not None}
+
+    def backward_row(self) -> str:
+        """Of the table of options. Logits take registers; past 128 a multiprocessor would hold three programs instead of four."""
+        return "gated_scan.backward" if self.bias is None else "gated_scan.backward_from_logits"
+
+    def in_segments(self, segments: int) -> "Decay":
+        """Of sequences cut in time."""
+        return self._replace(values=cut(self.values, segments), context=None if self.context is None else cut(self.context, segments))
+
+
 def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D), contiguous in the dtype of `z`, and `h_last` (B, D) fp32."""
-    batch, time, channels = z.shape
-    choice = launch_options("gated_scan.newton", "choice", z.device)
-    if time >= choice["min_time"] and batch * channels <= choice["max_channels"]:
+    if newton_is_faster(z):
         h, h_last, _ = newton_scan(z, p, log_gamma, w_g, h0, reset)
         return h, h_last
+    return sequential_scan(z, p, Decay(log_gamma), w_g, h0, reset)
+
+
+def newton_is_faster(z: Tensor) -> bool:
+    """Whether sequences are so long and channels so few that a loop over time would leave the machine idle."""
+    batch, time, channels = z.shape
+    choice = launch_options("gated_scan.newton", "choice", z.device)
+    return bool(time >= choice["min_time"] and batch * channels <= choice["max_channels"])
+
+
+def sequential_scan(z: Tensor, p: Tensor, decay: Decay, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The forward as a loop over time, whatever the shape."""
+    batch, _, channels = z.shape
     h, h_last = _outputs(z)
 
     def prepare() -> Call:
         options = launch_options("gated_scan.forward", channel_class(batch, channels), z.device)
-        check_row_strides("gated_scan", 1 << options["LEVELS"], z, p, log_gamma)
-        numbers, flags = _forward_arguments(z, p, log_gamma, w_g, h0, reset)
-        grouped = {"GROUPED": p.shape[-1] < channels}
-        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | grouped | options)
+        _check_rows(1 << options["LEVELS"], z, p, decay.values, decay.context)
+        numbers, flags = _forward_arguments(z, p, decay.values, w_g, h0, reset)
+        of_gates = (*_gate_strides(decay), *decay.bounds())
+        named = flags | decay.flags() | {"GROUPED": p.shape[-1] < channels} | options
+        return Call((batch * blocks(channels, options["BD"]),), (*numbers, *of_gates), named)
 
-    launch(sequential_kernel, (z, p, log_gamma, w_g, h0, reset, h, h_last), prepare)
+    tensors = (z, p, decay.values, w_g, h0, reset, h, h_last, decay.bias, decay.context, decay.context_bias)
+    launch(sequential_kernel, tensors, prepare, decay.low, decay.high)
     return h, h_last
+
+
+def _gate_strides(decay: Decay) -> tuple[int, ...]:
+    return (*strides(decay.bias, 1), *strides(decay.context, 3), *strides(decay.context_bias, 1))
+
+
+def _check_rows(rows: int, *tensors: Tensor | None) -> None:
+    check_row_strides("gated_scan", rows, *(tensor for tensor in tensors if tensor is not None))
 
 
 def newton_scan(
@@ -95,52 +151,83 @@ def launch_backward(
     dh0: Tensor,
 ) -> None:
     """Write the gradients into the given tensors, of any strides; `dw_g` and a grouped `dp` are summed in two fixed stages."""
+    adjoint_scan(dh, dh_last, h, z, p, Decay(log_gamma), w_g, h0, reset, dz, dp, Decay(dlog_gamma), dw_g, dh0)
+
+
+def adjoint_scan(
+    dh: Tensor,
+    dh_last: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    p: Tensor,
+    decay: Decay,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    dz: Tensor,
+    dp: Tensor,
+    ddecay: Decay,
+    dw_g: Tensor,
+    dh0: Tensor,
+) -> None:
+    """`launch_backward` with any kind of decay; `ddecay` holds the gradients to what `decay` holds."""
     batch, time, channels = z.shape
     group = channels // p.shape[-1]
-    segments = count(time, batch * channels, CHANNELS, WORTH, (dh, h, z, p, log_gamma, dz, dp, dlog_gamma, reset))
+    whole = (dh, h, z, p, decay.values, decay.context, dz, dp, ddecay.values, ddecay.context, reset)
+    segments = count(time, batch * channels, CHANNELS, WORTH, whole)
     # The kernel sums what lies in one stripe, which a power of two does; the rest is summed from fp32 partial sums.
-    options = launch_options("gated_scan.backward", channel_class(batch * segments, channels), z.device)
+    options = launch_options(decay.backward_row(), channel_class(batch * segments, channels), z.device)
     summed = min(group, options["BD"]) if group & (group - 1) == 0 else 1
     in_kernel = summed == group
     dp_parts = dp if in_kernel else torch.empty((batch, time, channels // summed), dtype=torch.float32, device=z.device)
-    long = (dh, h, z, p, log_gamma, dz, dp_parts, dlog_gamma)
+    long = (dh, h, z, p, dz, dp_parts)
     states = (dh_last, h0, dh0)
     if segments > 1:
         before = states_before(h, h0, segments)
-        long = tuple(cut(tensor, segments) for tensor in long)
+        long = (cut(dh, segments), cut(h, segments), cut(z, segments), cut(p, segments), cut(dz, segments), cut(dp_parts, segments))
+        decay, ddecay = decay.in_segments(segments), ddecay.in_segments(segments)
         reset = None if reset is None else cut(reset, segments)
         offsets, products = (torch.empty(before.shape, dtype=torch.float32, device=z.device) for _ in range(2))
-        _backward(long, w_g, reset, (None, before, offsets), products, products, group, summed)
+        _backward(long, decay, ddecay, w_g, reset, (None, before, offsets), None, products, group, summed)
         after = chained(offsets, products, dh_last, dh0, segments)
         states = (after, before, torch.empty_like(before))
-    dw_g_parts = torch.empty((batch * segments, channels), dtype=torch.float32, device=z.device)
-    _backward(long, w_g, reset, states, dw_g_parts, None, group, summed)
+    vectors = 1 + (decay.bias is not None) + (decay.context is not None)
+    parts = torch.empty((vectors, batch * segments, channels), dtype=torch.float32, device=z.device)
+    _backward(long, decay, ddecay, w_g, reset, states, parts, None, group, summed)
     if not in_kernel:
         dp.copy_(dp_parts.unflatten(-1, (p.shape[-1], -1)).sum(-1))
-    add_parts(dw_g_parts, dw_g)
+    add_parts(parts[0], dw_g)
+    if ddecay.bias is not None:
+        add_parts(parts[1] if ddecay.context_bias is None else parts[1:], ddecay.bias, ddecay.context_bias)
 
 
 def _backward(
-    long: tuple[Tensor, ...],
+    long: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    decay: Decay,
+    ddecay: Decay,
     w_g: Tensor,
     reset: Tensor | None,
     states: tuple[Tensor | None, Tensor | None, Tensor],
-    dw_g_parts: Tensor,
+    parts: Tensor | None,
     products: Tensor | None,
     group: int,
     summed: int,
 ) -> None:
-    """One launch; with `products` only the map from the adjoint behind the last token to the one before the first."""
-    dh, h, z, p, log_gamma, dz, dp_parts, dlog_gamma = long
+    """One launch; with `products` only the map from the adjoint behind the last token to the one before the first, and no `parts`.
+
+    `parts`: (1 to 3, B, D) fp32, of the gradients to `w_g` and to the gates' biases.
+    """
+    dh, h, z, p, dz, dp_parts = long
     dh_last, h0, dh0 = states
     batch, time, channels = z.shape
-    options = launch_options("gated_scan.backward", channel_class(batch, channels), z.device)
+    options = launch_options(decay.backward_row(), channel_class(batch, channels), z.device)
 
     def prepare() -> Call:
-        check_row_strides("gated_scan", options["R"] * options["G"], *long)
-        inputs = (*dh.stride(), *h.stride(), *z.stride(), *p.stride(), *log_gamma.stride(), w_g.stride(0))
+        _check_rows(options["R"] * options["G"], *long, decay.values, decay.context, ddecay.values, ddecay.context)
+        inputs = (*dh.stride(), *h.stride(), *z.stride(), *p.stride(), *decay.values.stride(), w_g.stride(0))
         carried = (*strides(dh_last, 2), *strides(h0, 2), *strides(reset, 2))
-        outputs = (*dz.stride(), *dp_parts.stride(), *dlog_gamma.stride(), *dh0.stride())
+        outputs = (*dz.stride(), *dp_parts.stride(), *ddecay.values.stride(), *dh0.stride())
+        of_gates = (*_gate_strides(decay), *strides(ddecay.context, 3), *decay.bounds())
         flags = {
             "SUMMED": summed,
             "HAS_DH_LAST": dh_last is not None,
@@ -149,13 +236,20 @@ def _backward(
             "SUMMARY": products is not None,
             "INTERPRETED": INTERPRETED,
         }
-        return Call((batch * blocks(channels, options["BD"]),), (time, channels, group, *inputs, *carried, *outputs), flags | options)
+        numbers = (time, channels, group, *inputs, *carried, *outputs, *of_gates)
+        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | decay.flags() | options)
 
+    dw_g_parts, dbias_parts, dcontext_bias_parts = (None, None, None) if parts is None else (*parts, None, None)[:3]
     launch(
         backward_kernel,
-        (dh, dh_last, h, z, p, log_gamma, w_g, h0, reset, dz, dp_parts, dlog_gamma, dw_g_parts, dh0, products),
+        (
+            *(dh, dh_last, h, z, p, decay.values, w_g, h0, reset, dz, dp_parts, ddecay.values, dw_g_parts, dh0, products),
+            *(decay.bias, decay.context, decay.context_bias, ddecay.context, dbias_parts, dcontext_bias_parts),
+        ),
         prepare,
         summed,
+        decay.low,
+        decay.high,
     )
 
 

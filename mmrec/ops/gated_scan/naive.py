@@ -1,9 +1,10 @@
-"""Ground truth of `gated_scan`: a plain loop over time."""
+"""Ground truth of `gated_scan` and `gated_scan_from_logits`: a plain loop over time."""
 
 import torch
 from torch import Tensor
 
 from mmrec.ops.common import state_dtype
+from mmrec.ops.decay_log.naive import decay_log_naive
 
 
 def gated_scan_naive(
@@ -23,3 +24,21 @@ def gated_scan_naive(
         h = write * torch.sigmoid(w_g.to(dtype) * h + gate_bias[:, t]) + log_gamma_t.exp() * h
         outputs.append(h)
     return torch.stack(outputs, dim=1).to(z.dtype), h
+
+
+def gated_scan_from_logits_naive(
+    z: Tensor,
+    p: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    context: Tensor | None,
+    context_bias: Tensor | None,
+    w_g: Tensor,
+    h0: Tensor | None = None,
+    reset: Tensor | None = None,
+    *,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    """`gated_scan` after `decay_log`; same signature as the public operator."""
+    return gated_scan_naive(z, p, decay_log_naive(logits, bias, context, context_bias, low, high), w_g, h0, reset)

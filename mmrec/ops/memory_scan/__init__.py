@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from mmrec.ops.common import check_scan_inputs, check_shape
+from mmrec.ops.memory_scan import addressed  # noqa: F401  registers the backward through the addresses
 from mmrec.ops.memory_scan.naive import memory_scan_naive
 from mmrec.ops.memory_scan.operator import memory_scan_op
 

@@ -1,6 +1,6 @@
 """Which kernels of `memory_scan` run, and with what: nothing is copied, every tensor goes in with its own strides."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -14,6 +14,7 @@ from mmrec.ops.registration import INTERPRETED
 from mmrec.ops.segments import cut
 from mmrec.ops.tuning import launch_options
 
+ADDRESSED = 128  # width of a head up to which one program of `gradient_kernel` holds it whole, and can go through the addresses' norms
 _FEW_HEADS = 64  # blocks of 128 × 128 of all memories below which a walk over time leaves most of the GPU idle unless they are cut smaller
 
 
@@ -41,6 +42,21 @@ def _blocks(options: dict[str, Any], **widths: int) -> dict[str, Any]:
     return {**options, **fitting}
 
 
+class Addresses(NamedTuple):
+    """What `gradient_kernel` needs to go on from addresses to what their norms were taken of.
+
+    Attributes:
+        q_scale, k_scale: (B, T, H) fp32, the norms' factors.
+        dh_more: (B, T, H, K), the gradient that reaches `h` by other ways; None: none does.
+        dh: (B, T, H, K), gets the whole of it.
+    """
+
+    q_scale: Tensor
+    k_scale: Tensor
+    dh_more: Tensor | None
+    dh: Tensor
+
+
 class _Scan:
     """One call's inputs, and the kernels that run on them; C and the precision are the same for all kernels of a call.
 
@@ -64,10 +80,17 @@ class _Scan:
     def options(self, kernel: str, **widths: int) -> dict[str, Any]:
         return _blocks(launch_options(f"memory_scan.{kernel}", self.shape_class, self.device), **widths)
 
-    def new_states(self) -> Tensor:
+    def states_shape(self) -> tuple[int, ...]:
         """(B·H, N, K, V): a memory, or a gradient to it, for every chunk."""
-        shape = (self.batch * self.heads, blocks(self.time, self.C), self.K, self.V)
-        return torch.empty(shape, dtype=torch.bfloat16 if self.bf16 else torch.float32, device=self.device)
+        return self.batch * self.heads, blocks(self.time, self.C), self.K, self.V
+
+    def states_dtype(self) -> torch.dtype:
+        """In which they are stored."""
+        return torch.bfloat16 if self.bf16 else torch.float32
+
+    def new_states(self) -> Tensor:
+        """Room for them."""
+        return torch.empty(self.states_shape(), dtype=self.states_dtype(), device=self.device)
 
     def _key(self, reverse: bool) -> tuple[Any, ...]:
         """What a launch depends on beside its tensors."""
@@ -134,10 +157,24 @@ class _Scan:
         launch(output_kernel, (reader, writer, value, self.log_alpha, self.reset, states, output), prepare, *self._key(reverse))
 
     def gradients(
-        self, q: Tensor, k: Tensor, v: Tensor, dr: Tensor, M: Tensor, dM: Tensor, dq: Tensor, dk: Tensor, dlog_alpha: Tensor
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dr: Tensor,
+        M: Tensor,
+        dM: Tensor,
+        dq: Tensor,
+        dk: Tensor,
+        dlog_alpha: Tensor,
+        addresses: Addresses | None,
     ) -> None:
         """dq, dk and dlog α of all chunks at once; what several blocks of K add to dlog α is summed here, in a fixed order."""
-        options = self.options("gradient", BK=self.K, BV=self.V)
+        if addresses is None:
+            options = self.options("gradient", BK=self.K, BV=self.V)
+        else:
+            options = {**self.options("gradient_addressed", BV=self.V), "BK": max(16, power_of_two(self.K))}
+        more: tuple[Tensor | None, ...] = (None,) * 4 if addresses is None else addresses
         key_blocks = blocks(self.K, options["BK"])
         shares = dlog_alpha.unsqueeze(0)
         if key_blocks > 1:
@@ -146,10 +183,11 @@ class _Scan:
         def prepare() -> Call:
             grid = (key_blocks * M.shape[1] * self.batch * self.heads,)
             inputs = (*q.stride(), *k.stride(), *v.stride(), *dr.stride(), *self._gate_strides())
-            numbers = (*inputs, *dq.stride(), *dk.stride(), *shares.stride(), *self._sizes())
-            return Call(grid, numbers, self._constants() | options)
+            outputs = (*dq.stride(), *dk.stride(), *shares.stride())
+            addressed = (n for tensor, count in zip(more, (3, 3, 4, 4), strict=True) for n in strides(tensor, count))
+            return Call(grid, (*inputs, *outputs, *addressed, *self._sizes()), self._constants() | options)
 
-        launch(gradient_kernel, (q, k, v, dr, self.log_alpha, self.reset, M, dM, dq, dk, shares), prepare, *self._key(False))
+        launch(gradient_kernel, (q, k, v, dr, self.log_alpha, self.reset, M, dM, dq, dk, shares, *more), prepare, *self._key(False))
         if key_blocks > 1 and dlog_alpha.dtype == torch.float32:
             torch.sum(shares, 0, out=dlog_alpha)
         elif key_blocks > 1:
@@ -171,10 +209,40 @@ def _step(
     launch(step_kernel, (q, k, v, log_alpha, reset, M0, r, last), prepare, scan.scale)
 
 
+def _kept(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, *cotangents: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and dtype of the memories that a forward keeps for its backward: those that enter the chunks, or none, (0,).
+
+    They must come for free, from the walk that reads out, and be what the backward would make: of the same chunks, and not of segments,
+    whose first memories only `chain_kernel` finds. Whether a sequence is cut depends on the strides too, and a backward has more of
+    them: here whatever might be cut counts as cut.
+    """
+    scan = _Scan(q, k, v, log_alpha, None, 1.0, (q, k, v, *cotangents))
+    scan.plan("forward")
+    kept = scan.fused and scan.time > 1 and scan.options("backward")["C"] == scan.C
+    kept = kept and segments_of(scan.time, _memories(scan.batch * scan.heads, scan.K, scan.V), ()) == 1
+    return scan.states_shape() if kept else (0,), scan.states_dtype()
+
+
+def new_memories(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor) -> Tensor:
+    """Room for the memories that the forward keeps, (B·H, N, K, V); (0,) where the backward has to make its own."""
+    shape, dtype = _kept(q, k, v, log_alpha)
+    return q.new_empty(shape, dtype=dtype)
+
+
 def launch_forward(
-    q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    M0: Tensor | None,
+    reset: Tensor | None,
+    scale: float,
+    memories: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`r` (B, T, H, V) in the dtype of `q` and `M_last` (B, H, K, V) fp32, both contiguous; see the public function."""
+    """`r` (B, T, H, V) in the dtype of `q` and `M_last` (B, H, K, V) fp32, both contiguous; see the public function.
+
+    `memories`, from `new_memories`, get what the backward would have to make again.
+    """
     batch, time, heads, key_width = k.shape
     r = output = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     M_last = last = torch.empty((batch, heads, key_width, v.shape[-1]), dtype=torch.float32, device=q.device)
@@ -191,7 +259,7 @@ def launch_forward(
         return r, M_last
     scan.plan("forward")
     if scan.fused:
-        scan.walk(q, k, v, M0, output, None, last, reverse=False)
+        scan.walk(q, k, v, M0, output, memories, last, reverse=False)
     else:
         states = scan.new_states()
         scan.walk(q, k, v, M0, None, states, last, reverse=False)
@@ -234,23 +302,36 @@ def launch_backward(
     dv: Tensor,
     dlog_alpha: Tensor,
     dM0: Tensor,
+    memories: Tensor | None = None,
+    addresses: Addresses | None = None,
 ) -> None:
-    """Gradients into the five given tensors, of any strides and dtypes; the forward's states are computed again."""
+    """Gradients into the five given tensors, of any strides and dtypes; with `addresses`, dq and dk before their norms, and dh.
+
+    The forward's states are computed again where `memories` are not given, or not those of the chunks that are used here.
+    """
     batch, time, heads, key_width = k.shape
+    kept = memories is not None and memories.numel() > 0 and (tuple(memories.shape), memories.dtype) == _kept(q, k, v, log_alpha, dr)
     long = (dr, q, k, v, log_alpha, dq, dk, dv, dlog_alpha)
-    count = segments_of(time, _memories(batch * heads, key_width, v.shape[-1]), (*long, reset))
+    more = () if addresses is None else addresses
+    count = segments_of(time, _memories(batch * heads, key_width, v.shape[-1]), (*long, reset, *more))
     if count > 1:
         log_decay = log_decays(log_alpha, reset, count)
         dr, q, k, v, log_alpha, dq, dk, dv, dlog_alpha = (cut(tensor, count) for tensor in long)
         reset = None if reset is None else cut(reset, count)
+        if addresses is not None:
+            q_scale, k_scale, dh_more, dh = addresses
+            dh_more = None if dh_more is None else cut(dh_more, count)
+            addresses = Addresses(cut(q_scale, count), cut(k_scale, count), dh_more, cut(dh, count))
         M0 = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, torch.empty_like(dM0), reverse=False)
         dM_last = segment_memories(k, q, dr, log_alpha, reset, scale, log_decay, dM_last, dM0, reverse=True)
         dM0 = torch.empty_like(M0)
     scan = _Scan(q, k, v, log_alpha, reset, scale, (q, k, v, dr))
     scan.plan("backward")
-    M, dM = scan.new_states(), scan.new_states()
-    scan.walk(q, k, v, M0, None, M, torch.empty_like(dM0), reverse=False)
+    dM = scan.new_states()
+    if memories is None or not kept:
+        memories = scan.new_states()
+        scan.walk(q, k, v, M0, None, memories, torch.empty_like(dM0), reverse=False)
     scan.walk(k, q, dr, dM_last, dv if scan.fused else None, dM, dM0, reverse=True)
     if not scan.fused:
         scan.read_out(k, q, dr, dM, dv, reverse=True)
-    scan.gradients(q, k, v, dr, M, dM, dq, dk, dlog_alpha)
+    scan.gradients(q, k, v, dr, memories, dM, dq, dk, dlog_alpha, addresses)

@@ -60,7 +60,8 @@ def rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> Branch:
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         normed, stream = rms_norm_with_copy(x, weight, eps) if owned else (rms_norm_op(x, weight, eps), x)
         return Branch(normed, normed, stream, owned)
-    return Branch(*_Branch.apply(x, weight, eps, owned), owned)
+    normed, again, stream = _Branch.apply(x, weight, eps, owned)
+    return Branch(normed, again, stream, owned)
 
 
 def _check(x: Tensor, weight: Tensor) -> None:

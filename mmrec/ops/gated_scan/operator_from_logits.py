@@ -1,0 +1,168 @@
+"""`gated_scan_from_logits` as operators of torch: with its autograd formula, and a backward into the caller's buffers."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmrec.ops.common import state_dtype
+from mmrec.ops.decay_log.naive import decay_log_naive
+from mmrec.ops.decay_log.pytorch import decay_log_gradients
+from mmrec.ops.gated_scan.pytorch import gated_scan_forward, gated_scan_gradients
+from mmrec.ops.registration import register, register_backward, runs_kernel
+
+_INPUTS = (
+    "Tensor z, Tensor p, Tensor logits, Tensor bias, Tensor? context, Tensor? context_bias, Tensor w_g, Tensor? h0, Tensor? reset, "
+    "float low, float high"
+)
+
+
+def _forward(
+    z: Tensor,
+    p: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    context: Tensor | None,
+    context_bias: Tensor | None,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    if not runs_kernel(z, state_dtype(z, p, logits, bias, context, context_bias, w_g, h0)):
+        return gated_scan_forward(z, p, decay_log_naive(logits, bias, context, context_bias, low, high), w_g, h0, reset)
+    from mmrec.ops.gated_scan.kernels_from_logits import launch_forward  # Triton exists on Linux alone
+
+    return launch_forward(z, p, logits, bias, context, context_bias, w_g, h0, reset, low, high)
+
+
+def _forward_fake(
+    z: Tensor,
+    p: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    context: Tensor | None,
+    context_bias: Tensor | None,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    low: float,
+    high: float,
+) -> tuple[Tensor, Tensor]:
+    dtype = state_dtype(z, p, logits, bias, context, context_bias, w_g, h0)
+    return z.new_empty(z.shape), z.new_empty((z.shape[0], z.shape[2]), dtype=dtype)
+
+
+def _backward_out(
+    dh: Tensor,
+    dh_last: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    p: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    context: Tensor | None,
+    context_bias: Tensor | None,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    low: float,
+    high: float,
+    dz: Tensor,
+    dp: Tensor,
+    dlogits: Tensor,
+    dbias: Tensor,
+    dcontext: Tensor | None,
+    dcontext_bias: Tensor | None,
+    dw_g: Tensor,
+    dh0: Tensor,
+) -> None:
+    gates = (logits, bias, context, context_bias)
+    of_gates = (dlogits, dbias, dcontext, dcontext_bias)
+    if runs_kernel(dh, state_dtype(z, p, *gates, w_g, h0)):
+        from mmrec.ops.gated_scan.kernels_from_logits import launch_backward
+
+        launch_backward(dh, dh_last, h, z, p, *gates, w_g, h0, reset, low, high, dz, dp, *of_gates, dw_g, dh0)
+        return
+    log_gamma = decay_log_naive(*gates, low, high)
+    of_scan = gated_scan_gradients(dh, dh_last, h, z, p, log_gamma, w_g, h0, reset)
+    values = (*of_scan[:2], *of_scan[3:], *decay_log_gradients(of_scan[2], *gates, low, high))
+    written = (dz, dp, dw_g, dh0, *(gradient for gradient in of_gates if gradient is not None))
+    for gradient, value in zip(written, values, strict=True):
+        gradient.copy_(value)
+
+
+def _backward_fake(
+    dh: Tensor,
+    dh_last: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    p: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    context: Tensor | None,
+    context_bias: Tensor | None,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    low: float,
+    high: float,
+) -> list[Tensor]:
+    inputs = (z, p, logits, bias, context, context_bias, w_g)
+    dh0 = z.new_empty((z.shape[0], z.shape[2]), dtype=state_dtype(*inputs, h0))
+    return [*(tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None), dh0]
+
+
+def _backward(
+    dh: Tensor,
+    dh_last: Tensor | None,
+    h: Tensor,
+    z: Tensor,
+    p: Tensor,
+    logits: Tensor,
+    bias: Tensor,
+    context: Tensor | None,
+    context_bias: Tensor | None,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    low: float,
+    high: float,
+) -> list[Tensor]:
+    inputs = (dh, dh_last, h, z, p, logits, bias, context, context_bias, w_g, h0, reset, low, high)
+    gradients = _backward_fake(*inputs)
+    dz, dp, dlogits, dbias, *of_context, dw_g, dh0 = gradients
+    dcontext, dcontext_bias = of_context or (None, None)
+    _backward_out(*inputs, dz, dp, dlogits, dbias, dcontext, dcontext_bias, dw_g, dh0)
+    return gradients
+
+
+gated_scan_from_logits_op = register(f"gated_scan_from_logits({_INPUTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
+gated_scan_from_logits_bwd = register(
+    f"gated_scan_from_logits_bwd(Tensor dh, Tensor? dh_last, Tensor h, {_INPUTS}) -> Tensor[]", _backward, _backward_fake
+)
+gated_scan_from_logits_bwd_out = register(
+    f"gated_scan_from_logits_bwd_out(Tensor dh, Tensor? dh_last, Tensor h, {_INPUTS}, "
+    "Tensor(a!) dz, Tensor(b!) dp, Tensor(c!) dlogits, Tensor(d!) dbias, Tensor(e!)? dcontext, Tensor(f!)? dcontext_bias, "
+    "Tensor(g!) dw_g, Tensor(h!) dh0) -> ()",
+    _backward_out,
+    lambda *arguments: None,
+)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    *tensors, ctx.low, ctx.high = inputs
+    ctx.save_for_backward(output[0], *tensors)
+
+
+def _autograd(ctx: Any, dh: Tensor | None, dh_last: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, *tensors = ctx.saved_tensors
+    gradients = gated_scan_from_logits_bwd(torch.zeros_like(h) if dh is None else dh, dh_last, h, *tensors, ctx.low, ctx.high)
+    dz, dp, dlogits, dbias, *of_context, dw_g, dh0 = gradients
+    h0 = tensors[7]
+    return dz, dp, dlogits, dbias, *(of_context or [None, None]), dw_g, None if h0 is None else dh0.to(h0.dtype), None, None, None
+
+
+register_backward(gated_scan_from_logits_op, _autograd, _setup_context)

@@ -1,0 +1,264 @@
+"""What a memory's forward keeps for its backward, and the backward that goes on through the addresses' norms."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from addressed import GRADIENTS, SCALE, Addressed, draw
+from cases import CPU, CPU_LOW, GPU, GPU_LOW, INTERPRETED, INTERPRETED_LOW, MEMORY, Setting, in_settings
+from kernel_tools import SHARED_MEMORY, compiled_for
+from recorded import operator
+from support import TOLERANCE, assert_same
+from test_registration import strided, strided_like
+from tiles import small_tiles
+from torch import Tensor
+
+from mmrec.ops import segments
+from mmrec.ops.memory_address import kernels as address_kernels
+from mmrec.ops.memory_address import memory_address
+from mmrec.ops.memory_scan import addressed, chaining, launchers
+from mmrec.ops.memory_scan import operator as memory_operator
+from mmrec.ops.tuning import overridden
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+WIDTHS = [(20, 20), (64, 64), (128, 128), (256, 20), (20, 36)]  # keys and values: the fourth is too wide for one program
+ONE_HEAD = INTERPRETED.resized(B=1, H=1)
+MANY_HEADS = GPU_LOW[0].resized(B=13)  # of 128 channels and bf16: the class whose walk reads out, and so keeps its memories
+given = pytest.mark.parametrize("everything", [True, False], ids=["all given", "little given"])
+
+
+@pytest.fixture
+def fused_walk(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Under the interpreter, where it is not the default, the walk that reads out on the way; elsewhere the table decides."""
+    if request.node.get_closest_marker("interpreted") is None:
+        yield
+        return
+    with overridden(**small_tiles(fused=1)):
+        yield
+
+
+def assert_equal_to_the_naive_forms(setting: Setting, case: Addressed) -> None:
+    gradients = case.gradients()
+    for name, expected in case.truth().items():
+        assert_same(gradients[name], expected, limit=MEMORY.gradient_limit(setting), what=f"gradient to {name}")
+    assert not any(gradient.isnan().any() for gradient in gradients.values())
+
+
+@given
+@in_settings(
+    [
+        *((CPU, time) for time in (1, 9, 70)),
+        *((setting, 70) for setting in CPU_LOW),
+        *((INTERPRETED, time) for time in (1, 37)),
+        *((ONE_HEAD.resized(K=K, V=V), 21) for K, V in WIDTHS),
+        *((setting, 21) for setting in INTERPRETED_LOW),
+        *((setting.resized(K=K, V=V), time) for setting in (GPU, *GPU_LOW) for K, V in (*WIDTHS, (256, 256)) for time in (1, 130)),
+        (MANY_HEADS, 333),
+    ]
+)
+def test_gradients_equal_the_naive_forms(setting: Setting, time: int, everything: bool) -> None:
+    assert_equal_to_the_naive_forms(setting, draw(setting, time, everything))
+
+
+@given
+@in_settings([(INTERPRETED, 1), (INTERPRETED, 16), (INTERPRETED, 37), (INTERPRETED_LOW[0], 21), (ONE_HEAD.resized(K=20, V=256), 21)])
+@pytest.mark.usefixtures("fused_walk")
+def test_gradients_where_the_memories_are_kept(setting: Setting, time: int, everything: bool) -> None:
+    assert_equal_to_the_naive_forms(setting, draw(setting, time, everything))
+
+
+@in_settings([(INTERPRETED, 16), (INTERPRETED, 37), (INTERPRETED_LOW[0], 37), (MANY_HEADS, 333)])
+@pytest.mark.usefixtures("fused_walk")
+def test_kept_memories_are_those_that_a_backward_would_make(setting: Setting, time: int) -> None:
+    """Bit for bit, and so are the gradients from them, through autograd as well."""
+    case = draw(setting, time)
+    query, key, _, _, memories = case.forward()
+    v, log_alpha, M0 = (case.inputs[name] for name in ("v", "log_alpha", "M0"))
+    scan = launchers._Scan(query, key, v, log_alpha, case.reset, SCALE, (query, key, v, case.dr))
+    scan.plan("backward")
+    again = scan.new_states()
+    scan.walk(query, key, v, M0, None, again, torch.empty_like(M0), reverse=False)
+    assert memories.numel()
+    assert torch.equal(memories, again)
+
+    inputs = (case.dr, case.dM_last, query, key, v, log_alpha, M0, case.reset, SCALE)
+    expected = operator("memory_scan_bwd")(*inputs)
+    for actual, same in zip(operator("memory_scan_bwd")(*inputs, memories), expected, strict=True):
+        assert torch.equal(actual, same)
+    for actual, same in zip(case.gradients().values(), case.gradients(kept=False).values(), strict=True):
+        assert torch.equal(actual, same)
+    leaves = [tensor.detach().requires_grad_() for tensor in (query, key, v, log_alpha, M0)]
+    r, M_last, kept = operator("memory_scan_kept")(*leaves, case.reset, SCALE)
+    assert not kept.requires_grad
+    for actual, same in zip(torch.autograd.grad([r, M_last], leaves, [case.dr, case.dM_last]), expected, strict=True):
+        assert torch.equal(actual, same)
+
+
+@in_settings([(INTERPRETED, 37), (MANY_HEADS, 333)])
+@pytest.mark.usefixtures("fused_walk")
+def test_the_backward_does_not_walk_forward_again(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = draw(setting, time)
+    walked = []
+    walk = launchers._Scan.walk
+    monkeypatch.setattr(launchers._Scan, "walk", lambda *args, reverse: (walked.append(reverse), walk(*args, reverse=reverse))[1])
+    for kept, expected in ((True, [False, True]), (False, [False, False, True])):
+        walked.clear()
+        case.gradients(kept)
+        assert walked == expected
+
+
+@in_settings([(INTERPRETED, 37)])
+def test_memories_are_kept_only_where_the_backward_wants_them(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of other chunks, of segments, of one token or where the walk does not read out; nor are others taken for them."""
+
+    def kept(time: int, **changes: Any) -> int:
+        options = small_tiles(fused=1)
+        with overridden(**{**options, **{f"memory_scan.{name}": options[f"memory_scan.{name}"] | row for name, row in changes.items()}}):
+            case = draw(setting, time)
+            assert_equal_to_the_naive_forms(setting, case)
+            return case.forward()[4].numel()
+
+    assert kept(time)
+    assert not kept(1)
+    assert not kept(time, forward={"fused": 0})
+    assert not kept(time, backward={"C": 32})
+    monkeypatch.setattr(segments, "LEAST", 6)
+    monkeypatch.setattr(chaining, "_WORTH", 4)
+    assert not kept(40)
+
+
+@in_settings([(CPU, 37), (CPU_LOW[1], 37)])
+def test_the_pytorch_form_keeps_nothing(setting: Setting, time: int) -> None:
+    assert draw(setting, time).forward()[4].shape == (0,)
+
+
+@in_settings([(INTERPRETED, 40), (ONE_HEAD, 40), (GPU, 8192), (GPU_LOW[0].resized(B=1, H=2), 8192)])
+def test_segments_side_by_side(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The addresses' tensors are cut as all others are: nothing comes out differently than in one piece."""
+    case = draw(setting, time)
+    expected = case.gradients()
+    found = []
+    if setting.device == "cpu":
+        monkeypatch.setattr(segments, "LEAST", 6)
+    monkeypatch.setattr(chaining, "_WORTH", 4)
+    right = chaining.count
+    monkeypatch.setattr(chaining, "count", lambda *arguments: found.append(right(*arguments)) or found[-1])
+    for name, gradient in case.gradients().items():
+        assert_same(gradient, expected[name], limit=max(1e-4, TOLERANCE[setting.dtype]), what=name)
+    assert max(found) >= 4
+
+
+@in_settings([(CPU, 9), (INTERPRETED, 21), (ONE_HEAD.resized(K=256, V=20), 21), (GPU, 130), (GPU_LOW[0], 700), (MANY_HEADS, 130)])
+@pytest.mark.usefixtures("fused_walk")
+def test_gradients_go_into_views_of_a_buffer_and_nowhere_else(setting: Setting, time: int) -> None:
+    case = draw(setting, time)
+    arguments, expected = case.arguments(), tuple(case.gradients().values())
+    buffers, views = strided_like(expected)
+    strided_arguments = [a if a is None or i in (1, 6, 9) else strided(a) for i, a in enumerate(arguments)]  # a state and memories stay
+    operator("addressed_memory_bwd_out")(*strided_arguments, *views)
+    for name, view, gradient in zip(GRADIENTS, views, expected, strict=True):
+        assert torch.equal(view, gradient), name
+        view.fill_(float("nan"))
+    assert all(buffer.isnan().all() for buffer in buffers)
+
+
+@in_settings([(CPU, 5), (INTERPRETED, 13), (INTERPRETED_LOW[0], 13), (GPU, 130), (GPU_LOW[0], 130)])
+def test_addresses_with_their_scales(setting: Setting, time: int) -> None:
+    inputs = draw(setting, time).inputs
+    q, k, h = (inputs[name].requires_grad_() for name in "qkh")
+    outputs = operator("memory_address_scaled")(q, k, h)
+    for part, address, same, scale in zip((q, k), outputs[:2], memory_address(q, k, h), outputs[2:], strict=True):
+        assert torch.equal(address, same)
+        assert (scale.dtype, scale.requires_grad) == (setting.wide, False)
+        norm = ((part.double() + h.double()).square().sum(-1) + 1e-6).rsqrt()
+        assert_same(scale, norm)
+    cotangents = [torch.randn_like(address) for address in outputs[:2]]
+    for actual, same in zip(
+        torch.autograd.grad(outputs[:2], [q, k, h], cotangents),
+        torch.autograd.grad(memory_address(q, k, h), [q, k, h], cotangents),
+        strict=True,
+    ):
+        assert torch.equal(actual, same)
+
+
+@in_settings([(CPU, 4), (INTERPRETED, 4), (ONE_HEAD.resized(K=256), 4), (GPU, 4)])
+def test_zero_vectors_have_finite_gradients(setting: Setting, time: int) -> None:
+    case = draw(setting, time)
+    for name in "qkh":
+        case.inputs[name].zero_()
+    truth = case.truth()
+    for name, gradient in case.gradients().items():
+        assert_same(gradient, truth[name], limit=MEMORY.gradient_limit(setting), what=name)
+
+
+@given
+@in_settings([(CPU, 5), (INTERPRETED.resized(B=1, H=1), 5), (GPU, 5), (MANY_HEADS, 70)])
+@pytest.mark.usefixtures("fused_walk")
+def test_opcheck(setting: Setting, time: int, everything: bool) -> None:
+    case = draw(setting, time, everything)
+    q, k, v, log_alpha, h = (case.inputs[name].requires_grad_() for name in ("q", "k", "v", "log_alpha", "h"))
+    torch.library.opcheck(operator("memory_address_scaled"), (q, k, h))
+    torch.library.opcheck(operator("memory_scan_kept"), (q, k, v, log_alpha, case.inputs.get("M0"), case.reset, SCALE))
+    with torch.no_grad():
+        arguments = tuple(a.detach() if isinstance(a, Tensor) else a for a in case.arguments())
+        torch.library.opcheck(operator("addressed_memory_bwd_out"), (*arguments, *case.outputs()))
+        torch.library.opcheck(operator("memory_scan_bwd"), arguments[:10])
+        *outputs, _ = (o.detach() for o in case.outputs())
+        torch.library.opcheck(operator("memory_scan_bwd_out"), (*arguments[:9], *outputs, arguments[9]))
+
+
+@in_settings([(CPU, 5), (CPU_LOW[0], 5), (INTERPRETED, 5), (GPU, 5)])
+def test_kernels_run_where_they_should(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: list[str] = []
+    for module in (launchers, address_kernels):
+        right = module.launch
+        monkeypatch.setattr(module, "launch", _noting(right, launched))
+    case = draw(setting, time)
+    arguments = case.arguments()
+    launched.clear()
+    operator("addressed_memory_bwd_out")(*arguments, *case.outputs())
+    assert launched[-1:] == (["gradient_kernel"] if setting in (INTERPRETED, GPU) else [])
+
+
+def _noting(right: Callable[..., None], launched: list[str]) -> Callable[..., None]:
+    def noted(kernel: Any, *rest: Any) -> None:
+        launched.append(kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__)
+        right(kernel, *rest)
+
+    return noted
+
+
+@pytest.mark.timeout(600)
+@given
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "width"),
+    [
+        *((torch.bfloat16, heads, width) for heads in (2, 32) for width in (64, 128)),
+        (torch.bfloat16, 32, 256),
+        (torch.float32, 2, 20),
+        (torch.float32, 2, 128),
+    ],
+    ids=str,
+)
+def test_kernels_compile_and_fit(
+    dtype: torch.dtype, heads: int, width: int, architecture: int, everything: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    for module in (memory_operator, addressed):
+        monkeypatch.setattr(module, "runs_kernel", lambda *_: True)
+    for module in (launchers, address_kernels, chaining):
+        monkeypatch.setattr(module, "launch", lambda kernel, tensors, prepare, *_: found.append((kernel, tensors, prepare())))
+    setting = Setting("any", dtype, sizes={"B": 4, "H": heads, "K": width, "V": width})
+    case = draw(setting, 300, everything)
+    case.gradients()
+    kept = dtype == torch.bfloat16 and heads == 32 and width <= 128
+    # A walk, kept or with its read-out; in the backward that of the memories where not kept, the reversed one, dv's where not read out on
+    # the way, the gradients, and, where a head is too wide for one program, the norms.
+    assert len(found) == (3 if kept else 7 if width == 256 else 6)
+    for kernel, tensors, call in found:
+        shared = compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named).metadata.shared
+        if architecture < 90 and shared > SHARED_MEMORY[architecture]:
+            shared = compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named | {"STAGES": 1}).metadata.shared
+        assert shared <= SHARED_MEMORY[architecture], kernel.__name__
