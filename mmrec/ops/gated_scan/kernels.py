@@ -45,9 +45,9 @@ class Decay(NamedTuple):
         """The kernels' constants."""
         return {"LOGITS": self.bias is not None, "HAS_CONTEXT": self.context is not None}
 
-    def backward_row(self) -> str:
-        """Of the table of options. Logits take registers; past 128 a multiprocessor would hold three programs instead of four."""
-        return "gated_scan.backward" if self.bias is None else "gated_scan.backward_from_logits"
+    def row(self, direction: str) -> str:
+        """Of the table of options, for `forward` or `backward`. Logits move more tensors and take registers: other tiles suit them."""
+        return f"gated_scan.{direction}" if self.bias is None else f"gated_scan.{direction}_from_logits"
 
     def in_segments(self, segments: int) -> "Decay":
         """Of sequences cut in time."""
@@ -75,7 +75,7 @@ def sequential_scan(z: Tensor, p: Tensor, decay: Decay, w_g: Tensor, h0: Tensor 
     h, h_last = _outputs(z)
 
     def prepare() -> Call:
-        options = launch_options("gated_scan.forward", channel_class(batch, channels), z.device)
+        options = launch_options(decay.row("forward"), channel_class(batch, channels), z.device)
         _check_rows(1 << options["LEVELS"], z, p, decay.values, decay.context)
         numbers, flags = _forward_arguments(z, p, decay.values, w_g, h0, reset)
         of_gates = (*_gate_strides(decay), *decay.bounds())
@@ -176,7 +176,7 @@ def adjoint_scan(
     whole = (dh, h, z, p, decay.values, decay.context, dz, dp, ddecay.values, ddecay.context, reset)
     segments = count(time, batch * channels, CHANNELS, WORTH, whole)
     # The kernel sums what lies in one stripe, which a power of two does; the rest is summed from fp32 partial sums.
-    options = launch_options(decay.backward_row(), channel_class(batch * segments, channels), z.device)
+    options = launch_options(decay.row("backward"), channel_class(batch * segments, channels), z.device)
     summed = min(group, options["BD"]) if group & (group - 1) == 0 else 1
     in_kernel = summed == group
     dp_parts = dp if in_kernel else torch.empty((batch, time, channels // summed), dtype=torch.float32, device=z.device)
@@ -220,7 +220,7 @@ def _backward(
     dh, h, z, p, dz, dp_parts = long
     dh_last, h0, dh0 = states
     batch, time, channels = z.shape
-    options = launch_options(decay.backward_row(), channel_class(batch, channels), z.device)
+    options = launch_options(decay.row("backward"), channel_class(batch, channels), z.device)
 
     def prepare() -> Call:
         _check_rows(options["R"] * options["G"], *long, decay.values, decay.context, ddecay.values, ddecay.context)

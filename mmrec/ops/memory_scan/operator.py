@@ -119,7 +119,7 @@ def _backward(
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor log_alpha, Tensor? M0, Tensor? reset, float scale"
 memory_scan_op = register(f"memory_scan({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
-# The same with the memories that enter the chunks, (B·H, N, K, V), of which a backward needs not make them again; or nothing, (0,).
+# The same with the memories that enter the chunks, (B·H, N, K, V), so that a backward need not make them again; or nothing, (0,).
 memory_scan_kept_op = register(f"memory_scan_kept({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _kept, _kept_fake)
 _INPUTS = f"Tensor dr, Tensor? dM_last, {_ARGUMENTS}"
 memory_scan_bwd = register(
