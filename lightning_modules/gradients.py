@@ -27,7 +27,8 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     """Clip the gradients of the optimiser's parameters, without waiting for the device.
 
     By norm, a fused optimiser of torch's does so itself as it steps: it divides by `grad_scale`, as a loss scaler would have it, and leaves
-    `.grad` divided. A pass of its own would read and write every gradient once more. For all others it is done in place.
+    `.grad` divided; what is set here holds for every step until the next call. A pass of its own would read and write every gradient once
+    more. For all other optimisers it is done in place.
 
     Args:
         optimizer: the optimiser.
@@ -37,6 +38,7 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     Returns:
         The norm before clipping, 0-dim; None where no parameter has a gradient.
     """
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # out of Lightning's wrapper
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     if not parameters:
         return None
@@ -44,7 +46,7 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     if clip_val and algorithm == "value":
         clip_grad_value_(parameters, clip_val)
     elif clip_val and _divides_gradients(optimizer):
-        optimizer.grad_scale = ((norm + _NORM_EPS) / clip_val).clamp(min=1)  # type: ignore[attr-defined]
+        optimizer.grad_scale = ((norm + _NORM_EPS) / clip_val).clamp(min=1).float()  # type: ignore[attr-defined]
         return norm
     elif clip_val:
         clip_grads_with_norm_(parameters, clip_val, norm)

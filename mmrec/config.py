@@ -37,7 +37,7 @@ class MMRecConfig:
         initializer_range: standard deviation of the weights at the start.
         loss_chunk_size: tokens whose logits exist at a time in the training loss.
         activation_checkpointing: what the backward forms again instead of keeping it: true, each block from its input, the least memory for
-            a third more work; "selective", only what is cheap (decays, addresses, the feed-forward's gated activations): a quarter less
+            a third more work; "selective", only what is cheap (addresses, memories, the feed-forward's gated activations): a quarter less
             memory for some 2 % more time.
     """
 

@@ -49,8 +49,8 @@ class SeparateProjections(nn.Module):
 
     def forward(self, x: Tensor) -> Projections:
         """(B, T, D) to the six parts."""
-        p = self.W_p(x)
-        return Projections(self.W_q(x), self.W_k(x), self.W_v(x), self.W_z(x), p, self.W_e(p))
+        q, k, v, z, p = (apply_linear(x, linear) for linear in (self.W_q, self.W_k, self.W_v, self.W_z, self.W_p))
+        return Projections(q, k, v, z, p, apply_linear(p, self.W_e))
 
     def whole_and_parts(self, x: Tensor) -> tuple[None, Projections]:
         """No tensor that holds all six, and the six."""

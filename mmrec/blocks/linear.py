@@ -33,22 +33,30 @@ def add_linear(stream: Tensor, x: Tensor, module: nn.Linear, owned: bool = False
     if not is_plain(module):
         return stream + module(x)
     dtype = narrower_dtype(module)
-    if dtype is None and not owned:
-        return add_product(stream, x, module.weight)
+    if not torch.is_grad_enabled() or (dtype is None and not owned):
+        return add_product(stream, x, module.weight, owned)
     result: Tensor = _Linear.apply(x, module.weight, None, stream, dtype or module.weight.dtype, owned)
     return result
 
 
 def is_plain(module: nn.Linear) -> bool:
-    """Whether nothing is lost where its weight is used without calling it: no subclass of a library's, no hooks."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) is nn.Linear and not any(hooks)
+    """Whether nothing is lost where its weight is used without calling it: no subclass of a library's, no hooks, no replaced forward."""
+    return type(module) is nn.Linear and not is_hooked(module) and "forward" not in vars(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether someone listens to the module's inputs and outputs."""
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
 def narrower_dtype(module: nn.Linear) -> torch.dtype | None:
-    """In what autocast would multiply a plain module's fp32 weight; None where there is nothing to narrow, or to be called as a module."""
+    """In what autocast would multiply a plain module's fp32 weight; None where nothing is to be narrowed, or the module is to be called.
+
+    Without gradients it is called, too: autocast then narrows each weight once for all calls.
+    """
     kind = module.weight.device.type
-    if module.weight.dtype != torch.float32 or not torch.is_autocast_enabled(kind) or not is_plain(module):
+    narrows = torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and module.weight.dtype == torch.float32
+    if not narrows or not is_plain(module):
         return None
     return torch.get_autocast_dtype(kind)
 

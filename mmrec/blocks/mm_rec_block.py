@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mmrec.blocks.composition import compose
 from mmrec.blocks.hem import FusedProjections, SeparateProjections, fuse, unfuse
-from mmrec.blocks.linear import add_linear
+from mmrec.blocks.linear import add_linear, is_hooked, is_plain
 from mmrec.blocks.mixer import mix
 from mmrec.blocks.residual import RMSNorm
 from mmrec.blocks.swiglu import SwiGLU
@@ -113,7 +113,7 @@ class MMRecBlock(nn.Module):
         Returns:
             The output (B, T, D), or a tuple of it and what was asked for, in this order.
         """
-        normed, for_decay, x_BTD, owned = self.norm.branch(x_BTD)
+        normed, for_decay, x_BTD, owned = self.norm.branch(x_BTD, is_plain(self.W_o))
         log_alpha = self.head_decay(for_decay)
         wanted = return_auxiliary_loss and self.mdi.use_uboo
         gated, z, h, h_target, h_last, M_last = self._mixed(normed, log_alpha, state, reset, wanted)
@@ -124,7 +124,8 @@ class MMRecBlock(nn.Module):
             planning = self.planning_error(h, h_target, before, reset, record)
             carried = h_target[:, -1]
         x_BTD = add_linear(x_BTD, gated, self.W_o, owned)
-        normed, _, x_BTD, owned = self.ffn_norm.branch(x_BTD)
+        # A hook would see the stream overwritten, and one on the way back forbids it.
+        normed, _, x_BTD, owned = self.ffn_norm.branch(x_BTD, is_plain(self.ffn.W_down) and not is_hooked(self.ffn))
         x_BTD = self.ffn(normed, x_BTD, owned)
         if record is not None:
             record["gate_jacobian"] = (z.detach().float() * self.state_gate.w_g.detach() / 4).abs()

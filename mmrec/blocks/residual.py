@@ -15,6 +15,6 @@ class RMSNorm(nn.RMSNorm):
         """(B, T, D) to the same."""
         return rms_norm(x, self.weight, self.eps)
 
-    def branch(self, x: Tensor) -> Branch:
+    def branch(self, x: Tensor, overwritten: bool = False) -> Branch:
         """The normed stream for two readers, and the stream, whose gradients meet in one pass (see `rms_norm_branch`)."""
-        return rms_norm_branch(x, self.weight, self.eps)
+        return rms_norm_branch(x, self.weight, self.eps, overwritten)

@@ -51,7 +51,8 @@ class _GatedDown(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_order("a feed-forward that recomputes", "set activation_checkpointing to false")
         gate_up, weight = ctx.saved_tensors
-        flat = dy.flatten(0, 1)
-        dweight = wide_product(flat.t(), swiglu(gate_up).flatten(0, 1), ctx.weight_dtype)
+        flat = dy.flatten(0, 1).to(weight.dtype)
+        weight_wanted = ctx.needs_input_grad[2]
+        dweight = wide_product(flat.t(), swiglu(gate_up).flatten(0, 1), ctx.weight_dtype) if weight_wanted else None
         dgated = torch.mm(flat, weight).view(*dy.shape[:2], -1)
         return dy, torch.ops.mmrec.swiglu_bwd(dgated, gate_up), dweight, None

@@ -10,9 +10,9 @@ from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
 # Bytes that a block keeps for its backward, a token and channel of the model and of the feed-forward, counted from what its functions
-# save: the stream and its norm twice, six projections, both gates' logits and hidden layers (D/4), decays in fp32, two addresses, h, r, the
-# gated read-out and UBÖO's two products; gate, up and their product.
-_KEPT_FP32 = (82, 12)
+# save: the stream and its norm twice, six projections, both gates' logits and hidden layers (D/4), two addresses, h, r, the gated read-out
+# and UBÖO's two products; in bf16 the long-term memories between chunks too, for heads of 128; gate, up and their product.
+_KEPT_FP32 = (78, 12)
 _KEPT_BF16 = (43, 6)
 
 
@@ -90,7 +90,7 @@ def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:
     channel, ffn_channel = _KEPT_BF16 if bf16 else _KEPT_FP32
     block = tokens * (channel * config.model_dim + ffn_channel * config.ffn_width)
     inputs = tokens * config.model_dim * (2 if bf16 else 4)
-    if config.activation_checkpointing == "selective":  # three tensors of D numbers, one of them in fp32, and one of F
-        block -= tokens * ((8 if bf16 else 12) * config.model_dim + (2 if bf16 else 4) * config.ffn_width)
+    if config.activation_checkpointing == "selective":  # two addresses, and in bf16 as much of memories; one tensor of F
+        block -= tokens * (8 * config.model_dim + (2 if bf16 else 4) * config.ffn_width)
     layers = config.num_layers * inputs + block if config.activation_checkpointing is True else config.num_layers * block
     return layers + 2 * min(tokens, config.loss_chunk_size) * config.vocab_size * 4

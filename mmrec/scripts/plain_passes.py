@@ -36,7 +36,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps)
 
 
-def _rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> Branch:
+def _rms_norm_branch(x: Tensor, weight: Tensor, eps: float, overwritten: bool) -> Branch:
     normed = _rms_norm(x, weight, eps)
     return Branch(normed, normed, x, owned=False)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import relative_error
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 
 from mmrec.blocks.linear import add_linear, apply_linear
 from mmrec.blocks.swiglu import SwiGLU
@@ -81,6 +82,30 @@ def test_without_autocast_and_with_hooks_it_is_the_module() -> None:
         apply_linear(x, module)
     handle.remove()
     assert calls == [1]
+
+
+def test_without_gradients_autocast_narrows_once() -> None:
+    module, x, stream = case("cpu", False)
+    streams = [stream.detach().clone() for _ in range(3)]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), profile(activities=[ProfilerActivity.CPU]) as recorded:
+        found = [(apply_linear(x, module), add_linear(own, x, module, owned=True)) for own in streams]
+    assert sum(event.name == "aten::_to_copy" for event in recorded.events() or []) == 1
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = module(x)
+    for (plain, added), own in zip(found, streams, strict=True):
+        assert torch.equal(plain, expected)
+        assert torch.equal(added, stream + expected)
+        assert added.data_ptr() == own.data_ptr()
+
+
+def test_an_fp32_stream_recomputes_too() -> None:
+    ffn = SwiGLU(48, 16, recompute=True)
+    x, stream = torch.randn(2, 30, 48, dtype=torch.bfloat16), torch.randn(2, 30, 48, requires_grad=True)
+    ffn.W_down.requires_grad_(False)
+    with torch.autocast("cpu", torch.bfloat16):
+        ffn(x, stream).square().sum().backward()
+    assert ffn.W_gate_up.weight.grad is not None
+    assert ffn.W_down.weight.grad is None
 
 
 def test_a_frozen_weight_gets_none() -> None:

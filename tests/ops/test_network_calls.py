@@ -117,3 +117,23 @@ def test_a_compiled_block_sees_an_operator_as_one_node(
     torch.compile(block, backend=aot_autograd(fw_compiler=keep, bw_compiler=keep), fullgraph=True)(x, state=state).sum().backward()
     assert sorted(launchers_of(graphs[0])) == sorted(expected)
     assert sorted(launchers_of(graphs[1])) == sorted(backward_of(expected, state_gate))
+
+
+@in_settings([(CPU_LOW[0], 9), (INTERPRETED, 9), (GPU, 130)])
+@pytest.mark.parametrize("name", ["ffn", "ffn.W_down", "W_o", "norm"])
+def test_a_hook_sees_the_stream_as_it_was(setting: Setting, time: int, name: str) -> None:
+    """The kernels overwrite copies of the stream; not where someone looks on."""
+    block, x, _ = block_and_inputs(setting, True, False, time)
+    x.requires_grad_()
+    (expected,) = torch.autograd.grad(block(x).square().mean(), x)
+    module, seen = block.get_submodule(name), []
+    handles = [module.register_full_backward_hook(lambda *_: seen.append("backward"))]
+    handles.append(module.register_forward_hook(lambda _, arguments, output: seen.append(arguments[min(1, len(arguments) - 1)].clone())))
+    (actual,) = torch.autograd.grad(block(x).square().mean(), x)
+    assert_same(actual, expected)
+    if name != "norm":  # which a block does not call: it opens its branch
+        assert seen[-1] == "backward"
+    if name == "ffn":
+        assert not torch.equal(seen[0], block(x))
+    for handle in handles:
+        handle.remove()

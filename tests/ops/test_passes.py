@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -283,12 +284,13 @@ def test_the_gradients_of_a_branch_meet_in_one_pass(setting: Setting, time: int)
         return normed, normed, x
 
     for used in ([0, 1, 2], [0, 2], [1], [2]):
-        actual, expected = gradients(rms_norm_branch, used, x.dtype), gradients(naive, used, torch.float64)
+        actual, expected = gradients(partial(rms_norm_branch, overwritten=True), used, x.dtype), gradients(naive, used, torch.float64)
         for ours, truth in zip(actual, expected, strict=True):
             assert (ours is None) == (truth is None)
             assert truth is None or ours is None or assert_same(ours, truth, limit=TOLERANCE[setting.dtype]) is None
     with torch.no_grad():
-        found = rms_norm_branch(x, weight, 1e-6)
+        found = rms_norm_branch(x, weight, 1e-6, overwritten=True)
+        assert rms_norm_branch(x, weight, 1e-6).stream is x
     assert torch.equal(found.normed, rms_norm(x, weight, 1e-6))
     assert torch.equal(found.stream, x)
     assert found.owned == (setting.device == "cuda" or setting == INTERPRETED) == (found.stream.data_ptr() != x.data_ptr())

@@ -63,12 +63,14 @@ def gated_scan_from_logits(
         `h` (B, T, D) in the dtype of `z`, and `h_last` (B, D) in fp32 (float64 for float64 inputs).
 
     Raises:
-        ValueError: for T = 0, a wrong shape, P that does not divide D, or a context without its bias.
+        ValueError: for T = 0, a wrong shape, P that does not divide D, bounds out of range, or a context without its bias.
     """
     name = "gated_scan_from_logits"
     _check(name, z, p, w_g, h0, reset)
     check_shape(name, "logits", logits, tuple(z.shape))
     check_shape(name, "bias", bias, (z.shape[2],))
+    if not -43 <= low < high < 0:
+        raise ValueError(f"{name}: low is {low} and high {high}; give -43 <= low < high < 0")
     if (context is None) != (context_bias is None):
         raise ValueError(f"{name}: context and context_bias come together; give both or neither")
     if context is not None and context_bias is not None:

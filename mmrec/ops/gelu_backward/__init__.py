@@ -41,10 +41,10 @@ def gelu_backward_torch(dhidden: Tensor, inner: Tensor, dtype: torch.dtype) -> t
 
 
 def _forward(dhidden: Tensor, inner: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    if inner.is_contiguous() and dhidden.is_contiguous() and runs_kernel(inner, torch.promote_types(inner.dtype, torch.float32)):
+    if runs_kernel(inner, torch.promote_types(inner.dtype, torch.float32)):
         from mmrec.ops.gelu_backward.kernels import launch  # Triton exists on Linux alone
 
-        return launch(dhidden, inner, dtype)
+        return launch(dhidden.contiguous(), inner.contiguous(), dtype)
     return gelu_backward_torch(dhidden, inner, dtype)
 
 

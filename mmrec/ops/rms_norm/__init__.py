@@ -47,16 +47,18 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return output
 
 
-def rms_norm_branch(x: Tensor, weight: Tensor, eps: float) -> Branch:
+def rms_norm_branch(x: Tensor, weight: Tensor, eps: float, overwritten: bool = False) -> Branch:
     """The normed stream twice, for its two readers, and the stream itself: in the backward all three gradients meet in one pass.
 
-    On a GPU the norm, which has `x` in its registers, also writes the tensor in which the branch's product will add to the stream: torch's
-    would copy the stream there first. Not under a compiler, which knows no function that overwrites its input.
-
     Arguments and errors as `rms_norm`'s.
+
+    Args:
+        overwritten: whether who adds to the stream would do so in place. On a GPU the norm, which has `x` in its registers, then writes the
+            tensor for it, too: torch's product would copy the stream there first. Not under a compiler, which knows no function that
+            overwrites its input.
     """
     _check(x, weight)
-    owned = (x.is_cuda or INTERPRETED) and not torch.compiler.is_compiling()
+    owned = overwritten and (x.is_cuda or INTERPRETED) and not torch.compiler.is_compiling()
     if not torch.is_grad_enabled() or not (x.requires_grad or weight.requires_grad):
         normed, stream = rms_norm_with_copy(x, weight, eps) if owned else (rms_norm_op(x, weight, eps), x)
         return Branch(normed, normed, stream, owned)
