@@ -87,7 +87,8 @@ class Results:
     def of(self, source: Source) -> Measured | None:
         """The file of a kind that is shown; None where one is owed and not there.
 
-        Of those measured on a GPU, and on the one asked for, those go first that hold the source's setting, then the newest.
+        Of those measured on a GPU, and on the one asked for, those go first that hold the source's setting, then the newest, of one day an
+        H100's.
 
         Raises:
             BadInputError: one that is not owed is missing, or a file that is no list of rows.
@@ -106,7 +107,7 @@ class Results:
             else:
                 fitting.append(measured)
         if fitting:
-            used = max(fitting, key=lambda measured: (holds(measured, source.setting), measured.date, measured.path.name))
+            used = max(fitting, key=lambda measured: _rank(measured, source))
             for measured in fitting:
                 if measured is not used:
                     self.verdicts[measured.path.name] = f"ignored: {_lesser(measured, used, source)}"
@@ -128,6 +129,12 @@ class Results:
 def holds(measured: Measured, setting: tuple[str, Any] | None) -> bool:
     """Whether a file has rows of a setting; any has where there is none."""
     return setting is None or any(row.get(setting[0]) == setting[1] for row in measured.rows)
+
+
+def _rank(measured: Measured, source: Source) -> tuple[Any, ...]:
+    """The greatest is shown. What is asked for are an H100's figures: another GPU's of the same day do not replace them."""
+    h100 = any("H100" in str(row.get("gpu")) for row in measured.rows)
+    return holds(measured, source.setting), measured.date, h100, measured.path.name
 
 
 def _lesser(measured: Measured, used: Measured, source: Source) -> str:

@@ -264,6 +264,12 @@ def test_the_newest_file_of_a_gpu_is_taken_and_no_cpus(document: ModuleType, tmp
     assert "hem_cpu" not in made
 
 
+def test_of_one_day_an_h100s_goes_first(document: ModuleType, tmp_path: Path) -> None:
+    """It is what the figures asked for are of."""
+    h200 = [hem_row("block", True, 1.0) | {"gpu": "NVIDIA H200"}]
+    assert "[hem_h100.json]" in written(document, tmp_path, hem_h200=h200, hem_h100=[hem_row("block", True, 3.0)])
+
+
 def test_a_graph_and_a_setting_are_told(document: ModuleType, tmp_path: Path) -> None:
     eager = {"case": "370m_eager", "ms_per_step": 100.0, "loss": 8.96, "loss_step": 25, "cuda_graph": False} | PLACE
     graph = eager | {"case": "370m network.loss_chunk_size=8192", "cuda_graph": True, "precision": "bf16-mixed"}
@@ -273,10 +279,9 @@ def test_a_graph_and_a_setting_are_told(document: ModuleType, tmp_path: Path) ->
     )
     assert "| bf16-mixed, CUDA graph |" in made
     assert "| 8.9600 (25) |" in made
-    said = "ran as a CUDA graph, whose gradients have not yet been shown equal to autograd's on a GPU ([log.md](log.md), 2026-11-25)"
-    assert f"*`370m network.loss_chunk_size=8192` {said}" in made
-    assert "2026-11-25: a block, decoding and a training step" in (DOCS / "log.md").read_text(encoding="utf-8")
-    assert "whose gradients have not" not in written(document, tmp_path, train_step_h100=[eager])
+    assert "not proven right" not in written(document, tmp_path, train_step_h100=[graph | {"date": "2026-11-27"}])
+    assert "not proven right" in written(document, tmp_path, train_step_h100=[graph | {"date": "2026-11-25"}])
+    assert "2026-11-25: an H100 instead of an H200" in (DOCS / "log.md").read_text(encoding="utf-8")
     given = eager | {"command": "python benchmarks/train_step.py --only 370m_eager --profile"}
     assert "written by `python benchmarks/train_step.py --only 370m_eager --profile`." in written(
         document, tmp_path, train_step_h100=[given]

@@ -3,8 +3,10 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 KEYS = {
     "case", "config", "params_m", "uboo", "B", "T", "gpus", "strategy", "precision", "optimizer", "compile", "fp8", "checkpointing",
     "tokens_per_s", "ms_per_step", "mfu", "peak_gib", "first_step_s", "peers", "host_ms", "torch", "triton", "gpu", "date",
@@ -29,10 +32,12 @@ def train_step(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("train_step")
 
 
+def command_line(*arguments: str) -> list[str]:
+    return [sys.executable, str(BENCHMARKS / "train_step.py"), *arguments]
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(BENCHMARKS / "train_step.py"), *arguments]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command_line(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_the_tiny_cases_run_on_a_cpu(tmp_path: Path) -> None:
@@ -64,6 +69,20 @@ def test_a_failure_is_a_row_with_its_reason(tmp_path: Path) -> None:
     (row,) = json.loads(output.read_text())
     assert row["failed"] == "no answer within 0 s"
     assert "NOT MEASURED: tiny at B 2" in done.stdout
+
+
+def test_a_terminated_run_leaves_no_worker_behind(tmp_path: Path) -> None:
+    """It would keep the GPU from whatever is measured next."""
+    command = command_line("--only", "tiny", "--steps", "100000", "--output", str(tmp_path / "rows.json"))
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
+        while not children.read_text():
+            assert running.poll() is None
+            time.sleep(0.1)
+        (worker,) = children.read_text().split()
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    assert not Path(f"/proc/{worker}").exists()
 
 
 def test_bad_cases_are_named() -> None:
@@ -156,4 +175,4 @@ def test_a_case_falls_back_to_the_batch_that_fits(train_step: ModuleType, monkey
     monkeypatch.setattr(train_step, "measure", measure)
     options = train_step.parse(["--only", "tiny"])
     assert train_step.rows_of("1b3", options, {}) == [{"B": 4}]
-    assert tried == [8, 4]
+    assert tried == [12, 8, 4]

@@ -115,10 +115,12 @@ def test_decays_and_what_they_let_in_keep_their_digits(case: Case, setting: Sett
         exact = exact + torch.nn.functional.logsigmoid(gates[2].double())
     exact = exact.clamp(low, high)
     everywhere_new = torch.ones(1, time, dtype=torch.bool, device=setting.device)
+    # An exponent of 19 rounded to fp32 is 7e-7; a GPU's ex2 and rcp add two units in the last place and one, twice.
+    limit = 2e-6 if setting.device == "cuda" else 1e-6
     written, _ = gated_scan_from_logits(ones, 40 * ones, *gates, zeros, None, everywhere_new, low=low, high=high)
-    assert (written.double() / -torch.expm1(exact) - 1).abs().max() < 1e-6
+    assert (written.double() / -torch.expm1(exact) - 1).abs().max() < limit
     kept, _ = gated_scan_from_logits(0 * ones, ones, *gates, zeros, 1 + zeros[None], None, low=low, high=high)
-    assert (kept[:, 0].double() / exact[:, 0].exp() - 1).abs().max() < 1e-6
+    assert (kept[:, 0].double() / exact[:, 0].exp() - 1).abs().max() < limit
 
 
 @one_or_two
