@@ -4,46 +4,25 @@ from torch import Tensor
 
 from mmrec.ops.decay_log.kernels import launch_forward as launch_decay_log
 from mmrec.ops.gated_scan.kernels import Decay, adjoint_scan, newton_is_faster, newton_scan, sequential_scan
+from mmrec.ops.gated_scan.logits import Inputs
 
 
-def launch_forward(
-    z: Tensor,
-    p: Tensor,
-    logits: Tensor,
-    bias: Tensor,
-    context: Tensor | None,
-    context_bias: Tensor | None,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
+def launch_forward(given: Inputs) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D), contiguous in the dtype of `z`, and `h_last` (B, D) fp32."""
-    if newton_is_faster(z):
+    if newton_is_faster(given.z):
         # It goes over its tiles several times, for few channels: there a pass over log γ is not what takes the time.
-        of_context = None if context_bias is None else context_bias.contiguous()
-        log_gamma = launch_decay_log(logits, bias.contiguous(), context, of_context, low, high)
-        h, h_last, _ = newton_scan(z, p, log_gamma, w_g, h0, reset)
+        of_context = None if given.context_bias is None else given.context_bias.contiguous()
+        log_gamma = launch_decay_log(given.logits, given.bias.contiguous(), given.context, of_context, given.low, given.high)
+        h, h_last, _ = newton_scan(given.z, given.p, log_gamma, given.w_g, given.h0, given.reset)
         return h, h_last
-    return sequential_scan(z, p, Decay(logits, bias, context, context_bias, low, high), w_g, h0, reset)
+    return sequential_scan(given.z, given.p, Decay(*given.gates(), given.low, given.high), given.w_g, given.h0, given.reset)
 
 
 def launch_backward(
     dh: Tensor,
     dh_last: Tensor | None,
     h: Tensor,
-    z: Tensor,
-    p: Tensor,
-    logits: Tensor,
-    bias: Tensor,
-    context: Tensor | None,
-    context_bias: Tensor | None,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    low: float,
-    high: float,
+    given: Inputs,
     dz: Tensor,
     dp: Tensor,
     dlogits: Tensor,
@@ -54,5 +33,5 @@ def launch_backward(
     dh0: Tensor,
 ) -> None:
     """Write the gradients into the given tensors, of any strides and dtypes; sums over tokens in two fixed stages."""
-    decay = Decay(logits, bias, context, context_bias, low, high)
-    adjoint_scan(dh, dh_last, h, z, p, decay, w_g, h0, reset, dz, dp, Decay(dlogits, dbias, dcontext, dcontext_bias), dw_g, dh0)
+    decay, ddecay = Decay(*given.gates(), given.low, given.high), Decay(dlogits, dbias, dcontext, dcontext_bias)
+    adjoint_scan(dh, dh_last, h, given.z, given.p, decay, given.w_g, given.h0, given.reset, dz, dp, ddecay, dw_g, dh0)

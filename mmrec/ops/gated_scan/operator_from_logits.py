@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmrec.ops.common import state_dtype
 from mmrec.ops.decay_log.naive import decay_log_naive
 from mmrec.ops.decay_log.pytorch import decay_log_gradients
+from mmrec.ops.gated_scan.logits import Inputs
 from mmrec.ops.gated_scan.pytorch import gated_scan_forward, gated_scan_gradients
 from mmrec.ops.registration import register, register_backward, runs_kernel
 
@@ -15,126 +15,53 @@ _INPUTS = (
     "Tensor z, Tensor p, Tensor logits, Tensor bias, Tensor? context, Tensor? context_bias, Tensor w_g, Tensor? h0, Tensor? reset, "
     "float low, float high"
 )
+_COUNT = len(Inputs._fields)
 
 
-def _forward(
-    z: Tensor,
-    p: Tensor,
-    logits: Tensor,
-    bias: Tensor,
-    context: Tensor | None,
-    context_bias: Tensor | None,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
-    if not runs_kernel(z, state_dtype(z, p, logits, bias, context, context_bias, w_g, h0)):
-        return gated_scan_forward(z, p, decay_log_naive(logits, bias, context, context_bias, low, high), w_g, h0, reset)
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = Inputs(*arguments)
+    if not runs_kernel(given.z, given.state_dtype()):
+        log_gamma = decay_log_naive(*given.gates(), given.low, given.high)
+        return gated_scan_forward(given.z, given.p, log_gamma, given.w_g, given.h0, given.reset)
     from mmrec.ops.gated_scan.kernels_from_logits import launch_forward  # Triton exists on Linux alone
 
-    return launch_forward(z, p, logits, bias, context, context_bias, w_g, h0, reset, low, high)
+    return launch_forward(given)
 
 
-def _forward_fake(
-    z: Tensor,
-    p: Tensor,
-    logits: Tensor,
-    bias: Tensor,
-    context: Tensor | None,
-    context_bias: Tensor | None,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    low: float,
-    high: float,
-) -> tuple[Tensor, Tensor]:
-    dtype = state_dtype(z, p, logits, bias, context, context_bias, w_g, h0)
-    return z.new_empty(z.shape), z.new_empty((z.shape[0], z.shape[2]), dtype=dtype)
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    given = Inputs(*arguments)
+    z = given.z
+    return z.new_empty(z.shape), z.new_empty((z.shape[0], z.shape[2]), dtype=given.state_dtype())
 
 
-def _backward_out(
-    dh: Tensor,
-    dh_last: Tensor | None,
-    h: Tensor,
-    z: Tensor,
-    p: Tensor,
-    logits: Tensor,
-    bias: Tensor,
-    context: Tensor | None,
-    context_bias: Tensor | None,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    low: float,
-    high: float,
-    dz: Tensor,
-    dp: Tensor,
-    dlogits: Tensor,
-    dbias: Tensor,
-    dcontext: Tensor | None,
-    dcontext_bias: Tensor | None,
-    dw_g: Tensor,
-    dh0: Tensor,
-) -> None:
-    gates = (logits, bias, context, context_bias)
-    of_gates = (dlogits, dbias, dcontext, dcontext_bias)
-    if runs_kernel(dh, state_dtype(z, p, *gates, w_g, h0)):
+def _backward_out(dh: Tensor, dh_last: Tensor | None, h: Tensor, *arguments: Any) -> None:
+    """Writes the gradients into what follows the inputs: to z, p, logits, bias, context, context_bias, w_g and h0."""
+    given, outputs = Inputs(*arguments[:_COUNT]), arguments[_COUNT:]
+    if runs_kernel(dh, given.state_dtype()):
         from mmrec.ops.gated_scan.kernels_from_logits import launch_backward
 
-        launch_backward(dh, dh_last, h, z, p, *gates, w_g, h0, reset, low, high, dz, dp, *of_gates, dw_g, dh0)
+        launch_backward(dh, dh_last, h, given, *outputs)
         return
-    log_gamma = decay_log_naive(*gates, low, high)
-    of_scan = gated_scan_gradients(dh, dh_last, h, z, p, log_gamma, w_g, h0, reset)
-    values = (*of_scan[:2], *of_scan[3:], *decay_log_gradients(of_scan[2], *gates, low, high))
+    dz, dp, *of_gates, dw_g, dh0 = outputs
+    log_gamma = decay_log_naive(*given.gates(), given.low, given.high)
+    of_scan = gated_scan_gradients(dh, dh_last, h, given.z, given.p, log_gamma, given.w_g, given.h0, given.reset)
+    values = (*of_scan[:2], *of_scan[3:], *decay_log_gradients(of_scan[2], *given.gates(), given.low, given.high))
     written = (dz, dp, dw_g, dh0, *(gradient for gradient in of_gates if gradient is not None))
     for gradient, value in zip(written, values, strict=True):
         gradient.copy_(value)
 
 
-def _backward_fake(
-    dh: Tensor,
-    dh_last: Tensor | None,
-    h: Tensor,
-    z: Tensor,
-    p: Tensor,
-    logits: Tensor,
-    bias: Tensor,
-    context: Tensor | None,
-    context_bias: Tensor | None,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    low: float,
-    high: float,
-) -> list[Tensor]:
-    inputs = (z, p, logits, bias, context, context_bias, w_g)
-    dh0 = z.new_empty((z.shape[0], z.shape[2]), dtype=state_dtype(*inputs, h0))
+def _backward_fake(dh: Tensor, dh_last: Tensor | None, h: Tensor, *arguments: Any) -> list[Tensor]:
+    given = Inputs(*arguments)
+    inputs = (given.z, given.p, *given.gates(), given.w_g)
+    dh0 = given.z.new_empty((given.z.shape[0], given.z.shape[2]), dtype=given.state_dtype())
     return [*(tensor.new_empty(tensor.shape) for tensor in inputs if tensor is not None), dh0]
 
 
-def _backward(
-    dh: Tensor,
-    dh_last: Tensor | None,
-    h: Tensor,
-    z: Tensor,
-    p: Tensor,
-    logits: Tensor,
-    bias: Tensor,
-    context: Tensor | None,
-    context_bias: Tensor | None,
-    w_g: Tensor,
-    h0: Tensor | None,
-    reset: Tensor | None,
-    low: float,
-    high: float,
-) -> list[Tensor]:
-    inputs = (dh, dh_last, h, z, p, logits, bias, context, context_bias, w_g, h0, reset, low, high)
-    gradients = _backward_fake(*inputs)
+def _backward(dh: Tensor, dh_last: Tensor | None, h: Tensor, *arguments: Any) -> list[Tensor]:
+    gradients = _backward_fake(dh, dh_last, h, *arguments)
     dz, dp, dlogits, dbias, *of_context, dw_g, dh0 = gradients
-    dcontext, dcontext_bias = of_context or (None, None)
-    _backward_out(*inputs, dz, dp, dlogits, dbias, dcontext, dcontext_bias, dw_g, dh0)
+    _backward_out(dh, dh_last, h, *arguments, dz, dp, dlogits, dbias, *(of_context or (None, None)), dw_g, dh0)
     return gradients
 
 
