@@ -5,7 +5,7 @@ import tomllib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from document_markdown import UNKNOWN, markdown, table
+from document_markdown import UNKNOWN, captioned, markdown, table
 from document_sources import ROOT, Results
 from packaging.requirements import Requirement
 
@@ -170,4 +170,8 @@ def verified_gradients(results: Results) -> str:
         [f"{architecture[2]}.{architecture[3:]}", version, f"[{file.rpartition('/')[2]}](../{file})"]
         for (architecture, version), file in needs.VERIFIED.items()
     ]
-    return markdown(("compute capability", "Triton", "rows"), lines, words=range(3))
+    missing = ", ".join(f"`{name}`" for name in needs.NOT_COMPARED)
+    return captioned(
+        markdown(("compute capability", "Triton", "rows"), lines, words=range(3)),
+        f"Not yet compared: {missing}, which a block runs ([log.md](log.md), 2026-11-25)." if missing else "",
+    )
