@@ -13,7 +13,7 @@ from mmrec.ops.wide_product import wide_product
 
 def apply_linear(x: Tensor, module: nn.Linear) -> Tensor:
     """`module(x)`, (B, T, K) to (B, T, D). One that is not plain is called as a module."""
-    dtype = narrower_dtype(module)
+    dtype = narrower_dtype(module.weight) if is_plain(module) else None
     if dtype is None:
         result: Tensor = module(x)
         return result
@@ -32,7 +32,7 @@ def add_linear(stream: Tensor, x: Tensor, module: nn.Linear, owned: bool = False
     """
     if not is_plain(module):
         return stream + module(x)
-    dtype = narrower_dtype(module)
+    dtype = narrower_dtype(module.weight)
     if not torch.is_grad_enabled() or (dtype is None and not owned):
         return add_product(stream, x, module.weight, owned)
     result: Tensor = _Linear.apply(x, module.weight, None, stream, dtype or module.weight.dtype, owned)
@@ -49,16 +49,14 @@ def is_hooked(module: nn.Module) -> bool:
     return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
 
 
-def narrower_dtype(module: nn.Linear) -> torch.dtype | None:
-    """In what autocast would multiply a plain module's fp32 weight; None where nothing is to be narrowed, or the module is to be called.
+def narrower_dtype(weight: Tensor) -> torch.dtype | None:
+    """In what autocast would multiply an fp32 weight; None where nothing is narrowed, or better by autocast itself.
 
-    Without gradients it is called, too: autocast then narrows each weight once for all calls.
+    That is so without gradients: it narrows each weight once for all calls.
     """
-    kind = module.weight.device.type
-    narrows = torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and module.weight.dtype == torch.float32
-    if not narrows or not is_plain(module):
-        return None
-    return torch.get_autocast_dtype(kind)
+    kind = weight.device.type
+    narrows = torch.is_grad_enabled() and torch.is_autocast_enabled(kind) and weight.dtype == torch.float32
+    return torch.get_autocast_dtype(kind) if narrows else None
 
 
 def add_product(stream: Tensor, x: Tensor, weight: Tensor, owned: bool = False) -> Tensor:
