@@ -101,7 +101,7 @@ def check_settings(case: Case, settings: Sequence[str]) -> None:
 GRAPH, EAGER = {"cuda_graph": True}, {"cuda_graph": False}
 COMPILED = EAGER | {"compile_blocks": True}
 OFF, ON = {"use_uboo": False}, {"use_uboo": True}
-RECOMPUTED = OFF | {"activation_checkpointing": "selective"}  # 32,768 tokens' activations would not fit 80 GB otherwise
+RECOMPUTED = OFF | {"activation_checkpointing": "selective"}
 _370M = Case(name="370m", what="369 M, UBÖO off, one CUDA graph", model=GRAPH, network=OFF)
 _1B3 = Case(
     name="1b3",
@@ -154,15 +154,13 @@ CASES = {
         replace(
             _370M,
             name="370m_b16",
-            what="32,768 tokens a step as B 16 x T 2048, the cheap parts recomputed",
-            network=RECOMPUTED,
+            what="32,768 tokens a step as B 16 x T 2048",
             batches=(16,),
         ),
         replace(
             _370M,
             name="370m_long",
-            what="32,768 tokens a step as B 1 x T 32768, the cheap parts recomputed",
-            network=RECOMPUTED,
+            what="32,768 tokens a step as B 1 x T 32768",
             batches=(1,),
             seq_len=32768,
         ),

@@ -27,8 +27,8 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     """Clip the gradients of the optimiser's parameters, without waiting for the device.
 
     By norm, a fused optimiser of torch's does so itself as it steps: it divides by `grad_scale`, as a loss scaler would have it, and leaves
-    `.grad` divided; what is set here holds for every step until the next call. A pass of its own would read and write every gradient once
-    more. For all other optimisers it is done in place.
+    `.grad` divided (our 8-bit one leaves it alone); what is set here holds for every step until the next call. A pass of its own would read
+    and write every gradient once more. For all other optimisers it is done in place.
 
     Args:
         optimizer: the optimiser.
@@ -57,7 +57,8 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
 
 def _divides_gradients(optimizer: Optimizer) -> bool:
     """Whether `step` divides all gradients by the optimiser's `grad_scale`."""
-    return isinstance(optimizer, Adam) and all(group.get("fused") for group in optimizer.param_groups)
+    fused = isinstance(optimizer, Adam) and all(group.get("fused") for group in optimizer.param_groups)
+    return fused or getattr(optimizer, "divides_gradients", False)
 
 
 def auxiliary_gradient_statistics(network: MMRecModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:

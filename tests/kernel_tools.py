@@ -14,7 +14,14 @@ from triton.compiler import compile as compile_source
 from triton.runtime import interpreter
 
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a program may use, by architecture
-_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.bool: "*i1", torch.int32: "*i32"}
+_TYPES = {
+    torch.uint8: "*u8",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.bool: "*i1",
+    torch.int32: "*i32",
+}
 
 
 def patch_language_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,8 +86,10 @@ class Clocked(NamedTuple):
     replayed: bool
 
 
-def kernel_ms(functions: Sequence[Callable[[], Any]], where: torch.device, graphs: bool = True) -> Clocked:
-    """Time a call, given once for each set of inputs, in all three ways.
+def kernel_ms(
+    functions: Sequence[Callable[[], Any]], where: torch.device, graphs: bool = True, repeat_ms: int = 100, warmup_ms: int = 25
+) -> Clocked:
+    """Time a call, given once for each set of inputs, in all three ways; `repeat_ms` and `warmup_ms` are those of `ms`.
 
     A call of some 0.1 ms is launched more slowly than it runs, autograd's part above all; in a training step the host keeps ahead. One
     that cannot be captured in a graph, or is long enough, is timed from Python alone.
@@ -96,7 +98,7 @@ def kernel_ms(functions: Sequence[Callable[[], Any]], where: torch.device, graph
     if not graphs or where.type == "cpu" or eager > SHORT:
         return Clocked(eager, eager, eager, False)
     in_a_row = [*functions] * (1 if eager > LONG else -(-IN_A_ROW // len(functions)))
-    found = guarded(lambda calls: (replayed_ms(calls), replayed_ms(calls[:1], 30, 10)), in_a_row)
+    found = guarded(lambda calls: (replayed_ms(calls, repeat_ms, warmup_ms), replayed_ms(calls[:1], 30, 10)), in_a_row)
     if isinstance(found, Failure):
         print(f"no graph: {found.reason}", flush=True)
         return Clocked(eager, eager, eager, False)

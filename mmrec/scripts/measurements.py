@@ -27,6 +27,9 @@ Row = dict[str, Any]
 Call = Callable[[], Any]
 Advance = Callable[[str], None]
 DIRECTIONS = ("fwd", "fwdbwd")
+# A GPU at its power limit settles within some tenths of a second; before, products alone run faster than they could for long, and a block,
+# which draws less power, does not.
+_SETTLING_MS, _REPEAT_MS = 300, 200
 FUSED_REST = "_six_gemms_fused_rest"  # of a row's name: HEM off, but the passes around it as with HEM on
 
 
@@ -131,7 +134,7 @@ def in_turn(calls: Mapping[Any, Call], settings: Settings, advance: Advance) -> 
     rounds: dict[Any, list[Clocked]] = {name: [] for name in calls}
     for _ in range(settings.repeat):
         for name, call in calls.items():
-            rounds[name].append(kernel_ms([call], settings.where))
+            rounds[name].append(kernel_ms([call], settings.where, repeat_ms=_REPEAT_MS, warmup_ms=_SETTLING_MS))
             advance(str(name))
     return {name: _joined(clocked) for name, clocked in rounds.items()}
 

@@ -145,7 +145,12 @@ def test_equals_the_two_operators(case: Case, setting: Setting, time: int) -> No
 
 @pytest.mark.parametrize("given", ["all", "neither state nor reset"])
 @one_or_two
-@in_settings([(INTERPRETED, 40), (INTERPRETED.resized(B=1, P=12), 36), (GPU.resized(B=1, D=96), 8192), (GPU_LOW[0].resized(D=96), 4096)])
+@in_settings(
+    [
+        *((INTERPRETED, 40), (INTERPRETED.resized(B=1, P=12), 36)),
+        *((GPU.resized(B=1, D=96, P=48), 8192), (GPU_LOW[0].resized(D=96, P=48), 4096)),
+    ]
+)
 def test_segments_side_by_side(setting: Setting, time: int, case: Case, given: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Long sequences of few channels, whose segments end in the middle of a tile."""
     if setting.device == "cpu":

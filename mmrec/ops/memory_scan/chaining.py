@@ -2,7 +2,8 @@
 
 A walk over the chunks keeps one program a block of memory busy, whatever the length; with few sequences and heads most of the GPU waits.
 Each segment is walked once from nothing, which gives what it leaves; these are chained (`chain_kernel`); then all segments run at once,
-each from the memory that the chain found. That reads k and v, and in the backward q and dr, once more.
+each from the memory that the chain found. That reads k and v once more, and in the backward q and dr; k and v there too, if the forward
+did not keep its memories.
 """
 
 from collections.abc import Sequence

@@ -36,10 +36,13 @@ def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, 
     return f"{_width(key_width, value_width)}{'_few' if few else ''}"
 
 
-def _blocks(options: dict[str, Any], **widths: int) -> dict[str, Any]:
-    """Options with their tiles no wider than the head; a matrix product needs 16."""
-    fitting = {name: min(options[name], max(16, power_of_two(width))) for name, width in widths.items() if name in options}
-    return {**options, **fitting}
+def _covering(width: int, other: int) -> int:
+    """The narrowest tile that holds one side of a memory; a matrix product needs 16.
+
+    None is 32 wide beside one of 64 or more: for such pairs the ptxas that Triton 3.6 brings along makes wrong code for Hopper (dlog α and
+    dv were; with -O0, and by CUDA 13's ptxas, they are right). Networks' memories are square and lose nothing.
+    """
+    return max(16, power_of_two(width), min(64, power_of_two(other)))
 
 
 class Addresses(NamedTuple):
@@ -68,6 +71,7 @@ class _Scan:
         self.log_alpha, self.reset, self.scale = log_alpha, reset, scale
         self.batch, self.time, self.heads, self.K = k.shape
         self.V = v.shape[-1]
+        self.widest = {"BK": _covering(self.K, self.V), "BV": _covering(self.V, self.K)}
         self.device = q.device
         self.shape_class = _shape_class(tensors, self.batch * self.heads, self.K, self.V)
         self.bf16 = self.shape_class != "fp32" and not INTERPRETED
@@ -77,8 +81,10 @@ class _Scan:
         options = self.options(name)
         self.C, self.fused = options["C"], bool(options["fused"])
 
-    def options(self, kernel: str, **widths: int) -> dict[str, Any]:
-        return _blocks(launch_options(f"memory_scan.{kernel}", self.shape_class, self.device), **widths)
+    def options(self, kernel: str) -> dict[str, Any]:
+        """Of the table, with no tiles wider than the head."""
+        options = launch_options(f"memory_scan.{kernel}", self.shape_class, self.device)
+        return {**options, **{name: min(options[name], widest) for name, widest in self.widest.items() if name in options}}
 
     def states_shape(self) -> tuple[int, ...]:
         """(B·H, N, K, V): a memory, or a gradient to it, for every chunk."""
@@ -91,6 +97,17 @@ class _Scan:
     def new_states(self) -> Tensor:
         """Room for them."""
         return torch.empty(self.states_shape(), dtype=self.states_dtype(), device=self.device)
+
+    def kept(self) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the memories that a forward keeps for its backward: those that enter the chunks, or none, (0,).
+
+        They must come for free, from the walk that reads out, and be what the backward would make: of the same chunks of the same
+        segments. Their shape says which these are. Its first number grows with the segments, and only the one chunk of a short sequence
+        can be of two lengths, as lengths are powers of two. Plans the forward: the backward's plan comes afterwards.
+        """
+        self.plan("forward")
+        kept = self.fused and self.time > 1 and self.options("backward")["C"] == self.C
+        return self.states_shape() if kept else (0,), self.states_dtype()
 
     def _key(self, reverse: bool) -> tuple[Any, ...]:
         """What a launch depends on beside its tensors."""
@@ -126,10 +143,9 @@ class _Scan:
 
         def prepare() -> Call:
             if output is None:
-                options = self.options("states", BK=self.K, BV=self.V)
+                options = self.options("states")
             else:
-                options = self.options("walk_reverse" if reverse else "walk", BV=self.V)
-                options = {**options, "BK": max(16, power_of_two(self.K))}
+                options = {**self.options("walk_reverse" if reverse else "walk"), "BK": self.widest["BK"]}
             grid = (blocks(self.V, options["BV"]) * blocks(self.K, options["BK"]) * self.batch * self.heads,)
             inputs = (*reader.stride(), *writer.stride(), *value.stride(), *self._gate_strides())
             numbers = (*inputs, *strides(initial, 4), *strides(output, 4), *last.stride(), *self._sizes())
@@ -149,7 +165,7 @@ class _Scan:
         """All chunks at once from the stored states."""
 
         def prepare() -> Call:
-            options = self.options("output_reverse" if reverse else "output", BK=self.K, BV=self.V)
+            options = self.options("output_reverse" if reverse else "output")
             grid = (blocks(self.V, options["BV"]) * states.shape[1] * self.batch * self.heads,)
             inputs = (*reader.stride(), *writer.stride(), *value.stride(), *self._gate_strides())
             return Call(grid, (*inputs, *output.stride(), *self._sizes()), self._constants() | {"REVERSE": reverse} | options)
@@ -170,10 +186,7 @@ class _Scan:
         addresses: Addresses | None,
     ) -> None:
         """dq, dk and dlog α of all chunks at once; what several blocks of K add to dlog α is summed here, in a fixed order."""
-        if addresses is None:
-            options = self.options("gradient", BK=self.K, BV=self.V)
-        else:
-            options = {**self.options("gradient_addressed", BV=self.V), "BK": max(16, power_of_two(self.K))}
+        options = self.options("gradient") if addresses is None else {**self.options("gradient_addressed"), "BK": self.widest["BK"]}
         more: tuple[Tensor | None, ...] = (None,) * 4 if addresses is None else addresses
         key_blocks = blocks(self.K, options["BK"])
         shares = dlog_alpha.unsqueeze(0)
@@ -198,7 +211,7 @@ def _step(
     scan: _Scan, q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, r: Tensor, last: Tensor
 ) -> None:
     def prepare() -> Call:
-        options = scan.options("step", BK=scan.K, BV=scan.V)
+        options = scan.options("step")
         grid = (blocks(scan.V, options["BV"]) * scan.batch * scan.heads,)
         without_time = [stride for t in (q, k, v) for stride in (t.stride(0), t.stride(2), t.stride(3))]
         gates = (log_alpha.stride(0), log_alpha.stride(2), 0 if reset is None else reset.stride(0))
@@ -209,23 +222,22 @@ def _step(
     launch(step_kernel, (q, k, v, log_alpha, reset, M0, r, last), prepare, scan.scale)
 
 
-def _kept(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, *cotangents: Tensor) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and dtype of the memories that a forward keeps for its backward: those that enter the chunks, or none, (0,).
+def _segments(k: Tensor, v: Tensor, *tensors: Tensor | None) -> int:
+    """Into how many segments a call is cut; `tensors`: all of its tensors that have a time dimension."""
+    batch, time, heads, key_width = k.shape
+    return segments_of(time, _memories(batch * heads, key_width, v.shape[-1]), tensors)
 
-    They must come for free, from the walk that reads out, and be what the backward would make: of the same chunks, and not of segments,
-    whose first memories only `chain_kernel` finds. Whether a sequence is cut depends on the strides too, and a backward has more of
-    them: here whatever might be cut counts as cut.
+
+def new_memories(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, reset: Tensor | None) -> Tensor:
+    """Room for the memories that `launch_forward` of the same tensors keeps, (B·S·H, N, K, V) with N chunks in each of S segments.
+
+    Nothing, (0,), where the backward has to make its own. The strides decide too, which a fake tensor has: torch.compile hands every
+    tensor over with those it was traced with (`needs_exact_strides`, its default for operators like ours).
     """
-    scan = _Scan(q, k, v, log_alpha, None, 1.0, (q, k, v, *cotangents))
-    scan.plan("forward")
-    kept = scan.fused and scan.time > 1 and scan.options("backward")["C"] == scan.C
-    kept = kept and segments_of(scan.time, _memories(scan.batch * scan.heads, scan.K, scan.V), ()) == 1
-    return scan.states_shape() if kept else (0,), scan.states_dtype()
-
-
-def new_memories(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor) -> Tensor:
-    """Room for the memories that the forward keeps, (B·H, N, K, V); (0,) where the backward has to make its own."""
-    shape, dtype = _kept(q, k, v, log_alpha)
+    count = _segments(k, v, q, k, v, log_alpha, reset)
+    if count > 1:
+        q, k, v, log_alpha = (cut(tensor, count) for tensor in (q, k, v, log_alpha))
+    shape, dtype = _Scan(q, k, v, log_alpha, None, 1.0, (q, k, v)).kept()
     return q.new_empty(shape, dtype=dtype)
 
 
@@ -243,10 +255,10 @@ def launch_forward(
 
     `memories`, from `new_memories`, get what the backward would have to make again.
     """
-    batch, time, heads, key_width = k.shape
+    batch, _, heads, key_width = k.shape
     r = output = torch.empty(v.shape, dtype=q.dtype, device=q.device)
     M_last = last = torch.empty((batch, heads, key_width, v.shape[-1]), dtype=torch.float32, device=q.device)
-    count = segments_of(time, _memories(batch * heads, key_width, v.shape[-1]), (q, k, v, log_alpha, reset))
+    count = _segments(k, v, q, k, v, log_alpha, reset)
     if count > 1:
         log_decay = log_decays(log_alpha, reset, count)
         q, k, v, log_alpha, output = (cut(tensor, count) for tensor in (q, k, v, log_alpha, r))
@@ -307,13 +319,11 @@ def launch_backward(
 ) -> None:
     """Gradients into the five given tensors, of any strides and dtypes; with `addresses`, dq and dk before their norms, and dh.
 
-    The forward's states are computed again where `memories` are not given, or not those of the chunks that are used here.
+    The forward's memories are computed again where `memories` are not given, or not those of the segments and chunks that are used here:
+    the backward has more tensors than the forward, and if one of them cannot be cut, none is.
     """
-    batch, time, heads, key_width = k.shape
-    kept = memories is not None and memories.numel() > 0 and (tuple(memories.shape), memories.dtype) == _kept(q, k, v, log_alpha, dr)
     long = (dr, q, k, v, log_alpha, dq, dk, dv, dlog_alpha)
-    more = () if addresses is None else addresses
-    count = segments_of(time, _memories(batch * heads, key_width, v.shape[-1]), (*long, reset, *more))
+    count = _segments(k, v, *long, reset, *(addresses or ()))
     if count > 1:
         log_decay = log_decays(log_alpha, reset, count)
         dr, q, k, v, log_alpha, dq, dk, dv, dlog_alpha = (cut(tensor, count) for tensor in long)
@@ -322,13 +332,17 @@ def launch_backward(
             q_scale, k_scale, dh_more, dh = addresses
             dh_more = None if dh_more is None else cut(dh_more, count)
             addresses = Addresses(cut(q_scale, count), cut(k_scale, count), dh_more, cut(dh, count))
-        M0 = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, torch.empty_like(dM0), reverse=False)
-        dM_last = segment_memories(k, q, dr, log_alpha, reset, scale, log_decay, dM_last, dM0, reverse=True)
-        dM0 = torch.empty_like(M0)
     scan = _Scan(q, k, v, log_alpha, reset, scale, (q, k, v, dr))
+    if memories is not None and (memories.numel() == 0 or (tuple(memories.shape), memories.dtype) != scan.kept()):
+        memories = None
+    if count > 1:
+        if memories is None:
+            M0 = segment_memories(q, k, v, log_alpha, reset, scale, log_decay, M0, torch.empty_like(dM0), reverse=False)
+        dM_last = segment_memories(k, q, dr, log_alpha, reset, scale, log_decay, dM_last, dM0, reverse=True)
+        dM0 = torch.empty_like(dM_last)
     scan.plan("backward")
     dM = scan.new_states()
-    if memories is None or not kept:
+    if memories is None:
         memories = scan.new_states()
         scan.walk(q, k, v, M0, None, memories, torch.empty_like(dM0), reverse=False)
     scan.walk(k, q, dr, dM_last, dv if scan.fused else None, dM, dM0, reverse=True)

@@ -32,7 +32,7 @@ def _forward_fake(
 def _kept(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    memories = _new_memories(q, k, v, log_alpha, M0)
+    memories = _new_memories(q, k, v, log_alpha, M0, reset)
     if memories.numel() == 0:
         return *_forward(q, k, v, log_alpha, M0, reset, scale), memories
     from mmrec.ops.memory_scan.launchers import launch_forward
@@ -43,16 +43,16 @@ def _kept(
 def _kept_fake(
     q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return *_forward_fake(q, k, v, log_alpha, M0, reset, scale), _new_memories(q, k, v, log_alpha, M0)
+    return *_forward_fake(q, k, v, log_alpha, M0, reset, scale), _new_memories(q, k, v, log_alpha, M0, reset)
 
 
-def _new_memories(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None) -> Tensor:
+def _new_memories(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None) -> Tensor:
     """Room for what a forward keeps of its memories; nothing, (0,), in the PyTorch form, and where the launchers see no use for them."""
     if not runs_kernel(q, state_dtype(q, k, v, log_alpha, M0)):
         return q.new_empty((0,))
     from mmrec.ops.memory_scan.launchers import new_memories
 
-    return new_memories(q, k, v, log_alpha)
+    return new_memories(q, k, v, log_alpha, reset)
 
 
 def _backward_out(
@@ -119,7 +119,8 @@ def _backward(
 
 _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor log_alpha, Tensor? M0, Tensor? reset, float scale"
 memory_scan_op = register(f"memory_scan({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
-# The same with the memories that enter the chunks, (B·H, N, K, V), so that a backward need not make them again; or nothing, (0,).
+# The same with the memories that enter the chunks, so that a backward need not make them again: (B·S·H, N, K, V), of N chunks in each of S
+# segments (most often one); or nothing, (0,).
 memory_scan_kept_op = register(f"memory_scan_kept({_ARGUMENTS}) -> (Tensor, Tensor, Tensor)", _kept, _kept_fake)
 _INPUTS = f"Tensor dr, Tensor? dM_last, {_ARGUMENTS}"
 memory_scan_bwd = register(

@@ -1,0 +1,91 @@
+"""torchao's 8-bit AdamW with our kernel for its step; imported only where a run asks for that optimiser, as torchao is slow to import.
+
+torchao compiles a function for every shape, which looks each value up in the map of 256 some twenty times: at 6.6 B parameters its step
+takes as long as a third of the network's forward and backward. The states are torchao's own, so that checkpoints are the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torchao.optim import AdamW8bit
+
+from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, step_numbers
+from mmrec.ops.registration import runs_kernel
+
+
+class FusedAdamW8bit(AdamW8bit):
+    """`torchao.optim.AdamW8bit`, one kernel a tensor where Triton runs; its own step elsewhere.
+
+    Attributes:
+        grad_scale: 0-dim fp32 that the kernels divide gradients by, as torch's fused optimisers do, but without changing `.grad`; None:
+            by nothing. Only where `divides_gradients`.
+    """
+
+    grad_scale: Tensor | None = None
+
+    @property
+    def divides_gradients(self) -> bool:
+        """Whether `step` runs as kernels, which take `grad_scale`."""
+        tensors = [_local(p) for group in self.param_groups for p in group["params"]]
+        return self.block_size == BLOCK and all(runs_kernel(t, torch.float32) and t.is_contiguous() for t in tensors)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step over all parameters that have a gradient; nothing waits for the device."""
+        if not self.divides_gradients:
+            return super().step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        numbers: dict[tuple[int, float, torch.device], Tensor] = {}
+        seeds: dict[torch.device, Tensor] = {}
+        salt = 0
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                salt += 1
+                state = self._state_of(parameter)
+                state["step"] += 1
+                weight, gradient = _local(parameter), _local(parameter.grad)
+                where = weight.device
+                key = (index, state["step"].item(), where)
+                if key not in numbers:
+                    rate = float(group["lr"])
+                    numbers[key] = step_numbers(rate, group["betas"], group["eps"], group["weight_decay"], int(key[1]), where)
+                if where not in seeds:
+                    seeds[where] = torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=where)
+                adamw_8bit_(
+                    weight,
+                    gradient,
+                    _moment(state["exp_avg"]),
+                    _moment(state["exp_avg_sq"]),
+                    numbers[key],
+                    seeds[where],
+                    salt=salt,
+                    stochastic=self.bf16_stochastic_round,
+                    gradient_scale=self.grad_scale,
+                )
+        return loss
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
+        """As torchao's own step begins it."""
+        state: dict[str, Tensor] = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"] = self._new_buffer(parameter, True)
+            state["exp_avg_sq"] = self._new_buffer(parameter, False)
+        return state
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _moment(state: Tensor) -> Moment:
+    local = _local(state)
+    return Moment(local.codes, local.scale) if hasattr(local, "codes") else Moment(local, None)

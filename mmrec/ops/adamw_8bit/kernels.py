@@ -1,0 +1,153 @@
+"""The Triton kernel of `adamw_8bit_`: weight, gradient and both moments of a tensor are read once and written once.
+
+The 256 values of the dynamic map (see `naive.py`) are never looked up. In a decade of 2^e values, e = 0 … top, the n-th of all magnitudes
+is n = 2^e + j, so that the exponent and the fraction of n as a float are e and j / 2^e, and the other way round.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmrec.ops import launching
+from mmrec.ops.adamw_8bit.naive import BLOCK
+from mmrec.ops.launching import Call, blocks
+
+_ROWS, _WARPS = 8, 4  # blocks of a program
+_LOG2_OF_10: tl.constexpr = tl.constexpr(3.321928094887362)
+
+
+@triton.jit
+def decoded(n, TOP: tl.constexpr, LEAST: tl.constexpr):
+    """Magnitudes by their number: 10^(e − top) · (0.1 + 0.9 (j + ½) / 2^e); the first is 0, the last 1."""
+    number = n.to(tl.float32)
+    exponent = (number.to(tl.int32, bitcast=True) >> 23) - 127
+    step = ((127 - exponent) << 23).to(tl.float32, bitcast=True)  # 2^−e
+    decade = tl.exp2((exponent - TOP).to(tl.float32) * _LOG2_OF_10)
+    value = decade * (0.1 + 0.9 * (number * step - 1.0 + 0.5 * step))
+    value = tl.where(n == 2 << TOP, 1.0, value)
+    return tl.where(n == LEAST, 0.0, value)
+
+
+@triton.jit
+def encoded(y, TOP: tl.constexpr, LEAST: tl.constexpr):
+    """The number of the magnitude that is nearest to y, 0 ≤ y ≤ 1."""
+    e = tl.floor(tl.log2(y) * (1.0 / _LOG2_OF_10)) + (TOP + 1)
+    e = tl.minimum(tl.maximum(e, LEAST), TOP)  # of 0, too, whose logarithm is −∞
+    u = y * tl.exp2((TOP - e) * _LOG2_OF_10)  # 0.1 … 1 within its decade
+    values, step = tl.exp2(e), tl.exp2(-e)
+    j = tl.floor((u - 0.1) * (values * (1.0 / 0.9)))
+    j = tl.minimum(tl.maximum(j, 0.0), values - 1.0)
+    # A decade's first value has a coarser neighbour above than below: half-way down to that lies within its own share. Below all is 0.
+    half_way_down = tl.where(e == LEAST, 0.05 + 0.225 * step, 0.1 + 0.18 * step)
+    n = values + j
+    n = tl.where((j == 0.0) & (u < half_way_down), n - 1.0, n)
+    n = tl.where((e == TOP) & (u >= 1.0 - 0.225 * step), n + 1.0, n)
+    return n.to(tl.int32)
+
+
+@triton.jit
+def _uniform_16_bits(index, seed):
+    """For every index a number below 2^16: the finaliser `lowbias32` (Wellons 2018), whose bits pass the tests a hash is put to."""
+    x = index.to(tl.uint32) * 0x9E3779B1 + seed.to(tl.uint32)
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x ^= x >> 16
+    return x & 0xFFFF
+
+
+@triton.jit
+def _rounded_at_random(value, index, seed):
+    """fp32 to the bf16 value above or below, by a chance that is right in the mean."""
+    bits = (value.to(tl.uint32, bitcast=True) + _uniform_16_bits(index, seed)) & 0xFFFF0000
+    return tl.where(value == value, bits.to(tl.float32, bitcast=True), value)  # a NaN's bits could overflow into a number
+
+
+@triton.jit(do_not_specialize=["salt", "count"])
+def step_kernel(
+    weight_ptr,
+    gradient_ptr,
+    first_ptr,
+    first_scale_ptr,
+    second_ptr,
+    second_scale_ptr,
+    numbers_ptr,
+    seed_ptr,
+    gradient_scale_ptr,
+    salt,
+    count,
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+):
+    """ROWS blocks of WIDTH elements; all contiguous. Without scales the moments are floats as they are."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    offsets = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = offsets < count
+    whole = rows * WIDTH < count
+    rate = tl.load(numbers_ptr)
+    weight_decay = tl.load(numbers_ptr + 1)
+    beta1 = tl.load(numbers_ptr + 2)
+    beta2 = tl.load(numbers_ptr + 3)
+    eps = tl.load(numbers_ptr + 4)
+    correction1 = tl.load(numbers_ptr + 5)
+    correction2 = tl.load(numbers_ptr + 6)
+
+    gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if gradient_scale_ptr is not None:
+        gradient = gradient / tl.load(gradient_scale_ptr)
+    weight = tl.load(weight_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    if first_scale_ptr is None:
+        first = tl.load(first_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        second = tl.load(second_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    else:
+        code = tl.load(first_ptr + offsets, mask=inside, other=127).to(tl.int32) - 127
+        first = tl.where(code < 0, -1.0, 1.0) * decoded(tl.abs(code), 6, 0)
+        first *= tl.load(first_scale_ptr + rows, mask=whole, other=0.0)[:, None]
+        second = decoded(tl.load(second_ptr + offsets, mask=inside, other=0).to(tl.int32) + 1, 7, 1)
+        second *= tl.load(second_scale_ptr + rows, mask=whole, other=0.0)[:, None]
+
+    first += (1.0 - beta1) * (gradient - first)
+    second += (1.0 - beta2) * (gradient * gradient - second)
+    weight = weight * (1.0 - rate * weight_decay) - rate * (first / correction1) / (tl.sqrt(second) / correction2 + eps)
+    if STOCHASTIC:
+        seed = tl.load(seed_ptr) ^ (salt * 0x2C1B3C6D)
+        weight = _rounded_at_random(weight, offsets, seed)
+    tl.store(weight_ptr + offsets, weight.to(weight_ptr.dtype.element_ty), mask=inside)
+    if first_scale_ptr is None:
+        tl.store(first_ptr + offsets, first.to(first_ptr.dtype.element_ty), mask=inside)
+        tl.store(second_ptr + offsets, second.to(second_ptr.dtype.element_ty), mask=inside)
+    else:
+        largest = tl.maximum(tl.max(tl.abs(first), 1), 1e-12)
+        tl.store(first_scale_ptr + rows, largest, mask=whole)
+        n = encoded(tl.abs(first) / largest[:, None], 6, 0)
+        code = tl.where(first < 0, 127 - tl.minimum(n, 127), 127 + n)  # the map has no −1
+        tl.store(first_ptr + offsets, code.to(tl.uint8), mask=inside)
+        largest = tl.maximum(tl.max(second, 1), 1e-12)
+        tl.store(second_scale_ptr + rows, largest, mask=whole)
+        n = encoded(second / largest[:, None], 7, 1)
+        tl.store(second_ptr + offsets, (n - 1).to(tl.uint8), mask=inside)
+
+
+def launch(
+    weight: Tensor,
+    gradient: Tensor,
+    first: Tensor,
+    first_scale: Tensor | None,
+    second: Tensor,
+    second_scale: Tensor | None,
+    numbers: Tensor,
+    seed: Tensor,
+    gradient_scale: Tensor | None,
+    salt: int,
+    stochastic: bool,
+) -> None:
+    """See `adamw_8bit_`; all but the last two contiguous tensors."""
+
+    def prepare() -> Call:
+        named = {"WIDTH": BLOCK, "ROWS": _ROWS, "STOCHASTIC": stochastic, "num_warps": _WARPS}
+        return Call((blocks(weight.numel(), BLOCK * _ROWS),), (salt, weight.numel()), named)
+
+    tensors = (weight, gradient, first, first_scale, second, second_scale, numbers, seed, gradient_scale)
+    launching.launch(step_kernel, tensors, prepare, salt, stochastic)

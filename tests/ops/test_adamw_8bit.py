@@ -1,0 +1,146 @@
+"""AdamW with moments of 8 bits: the kernel against the map's own values, against float64, and what its rounding keeps."""
+
+import pytest
+import torch
+from kernel_tools import SHARED_MEMORY, compiled_for
+from torch import Tensor
+
+from mmrec.ops import launching
+from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, adamw_naive, dequantize_naive, quantize_naive, step_numbers
+from mmrec.ops.adamw_8bit.kernels import step_kernel
+from mmrec.ops.adamw_8bit.naive import dynamic_map
+
+BETAS, EPS = (0.9, 0.95), 1e-8
+WHERE = [pytest.param("cpu", marks=pytest.mark.interpreted, id="interpreted"), pytest.param("cuda", marks=pytest.mark.gpu, id="gpu")]
+on_both = pytest.mark.parametrize("device", WHERE)
+
+
+def step(weight: Tensor, gradient: Tensor, first: Moment, second: Moment, rate: float = 0.0, decay: float = 0.0, **options: object) -> None:
+    """The first step; the seed 5 unless another is given."""
+    betas = options.pop("betas", BETAS)
+    numbers = step_numbers(rate, betas, EPS, decay, 1, weight.device)  # type: ignore[arg-type]
+    seed = torch.tensor(options.pop("seed", 5), dtype=torch.int32, device=weight.device)
+    options = {"salt": 1, "stochastic": True} | options
+    adamw_8bit_(weight, gradient, first, second, numbers, seed, **options)  # type: ignore[arg-type]
+
+
+def moments(first: Tensor, second: Tensor) -> tuple[Moment, Moment]:
+    """Both in 8 bits."""
+    (codes, scale), (codes2, scale2) = quantize_naive(first, True), quantize_naive(second, False)
+    return Moment(codes, scale.float()), Moment(codes2, scale2.float())
+
+
+def passed_through(first: Moment, second: Moment) -> None:
+    """With a β that rounds to 1 in fp32 a step changes no moment: it decodes and encodes."""
+    weight = torch.zeros(first.values.shape, device=first.values.device)
+    step(weight, torch.zeros_like(weight), first, second, betas=(1 - 1e-9, 1 - 1e-9))
+
+
+@on_both
+def test_every_code_comes_back(device: str) -> None:
+    codes = torch.arange(256, device=device).to(torch.uint8)
+    first, second = (
+        Moment(codes.clone(), torch.full((1,), 0.25, device=device)),
+        Moment(codes.clone(), torch.full((1,), 3.0, device=device)),
+    )
+    passed_through(first, second)
+    assert torch.equal(first.values, codes)
+    assert torch.equal(second.values, codes)
+
+
+@on_both
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_are_the_nearest(device: str, signed: bool) -> None:
+    """Of values at and beside every half-way point between two neighbours, which rounding alone may decide, and of random ones."""
+    values = dynamic_map(signed)
+    half_way = ((values[1:] + values[:-1]) / 2)[None, :] * torch.tensor([[1 - 1e-4], [1 + 1e-4]], dtype=torch.float64)
+    drawn = torch.rand(40, BLOCK - 1, dtype=torch.float64) * 10 ** (-7 * torch.rand(40, BLOCK - 1, dtype=torch.float64))
+    rows = torch.cat([half_way, drawn * (2 * torch.randint(0, 2, drawn.shape) - 1 if signed else 1)])
+    rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1).float().to(device)  # the largest of its block
+    zeros = torch.zeros_like(rows)
+    expected = moments(rows if signed else zeros, zeros if signed else rows)
+    weight, floats = torch.zeros_like(rows), (rows if signed else zeros, zeros if signed else rows.sqrt())
+    blank = moments(zeros, zeros)
+    # β of 0 makes the gradient the first moment, and its square the second.
+    step(weight, floats[0] if signed else floats[1], *blank, betas=(0.0, 0.0))
+    found, wanted = (blank[0], expected[0]) if signed else (blank[1], expected[1])
+    assert torch.equal(found.values, wanted.values)
+    assert torch.allclose(found.scale, wanted.scale, rtol=1e-6)
+
+
+@on_both
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(4096,), (37, 512), (3, 7)], ids=str)
+def test_a_step_equals_the_naive_one(device: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Moments in 8 bits where blocks are whole, else as floats."""
+    weight, gradient = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    first, second = 0.1 * torch.randn(shape, device=device), torch.rand(shape, device=device) + 0.1
+    whole = weight.numel() % BLOCK == 0
+    held = moments(first, second) if whole else (Moment(first, None), Moment(second, None))
+    if whole:
+        first, second = dequantize_naive(*held[0], signed=True), dequantize_naive(*held[1], signed=False)
+    scale = torch.tensor(2.0, device=device)
+    expected, *after = adamw_naive(weight, gradient.double() / 2, first, second, 1, 1e-2, BETAS, EPS, 0.1)
+    step(weight, gradient, *held, rate=1e-2, decay=0.1, gradient_scale=scale, stochastic=False)
+    limit = 1e-6 if dtype == torch.float32 else 2**-7  # the interpreter cuts bf16 off
+    assert (weight.double() - expected).abs().max() <= limit * expected.abs().max()
+    for signed, moment, value in zip((True, False), held, after, strict=True):
+        if not whole:
+            assert torch.allclose(moment.values.double(), value, rtol=1e-5, atol=1e-7)
+            continue
+        codes, scales = quantize_naive(value, signed)
+        assert torch.allclose(moment.scale.double(), scales, rtol=1e-6)
+        assert ((moment.values.int() - codes.int()) != 0).float().mean() < 1e-3  # where fp32 rounds over a half-way point
+        assert (moment.values.int() - codes.int()).abs().max() <= 1
+
+
+@on_both
+def test_the_rounding_of_bf16_weights_keeps_the_mean(device: str) -> None:
+    """A step of a hundredth of the last bit: one weight in a hundred moves, others for another seed or salt, the same ones for the same."""
+    moved = []
+    for options in ({}, {}, {"seed": 6}, {"salt": 2}):
+        weight = torch.ones(512, BLOCK, dtype=torch.bfloat16, device=device)
+        ones = torch.ones(512, BLOCK, device=device)
+        step(weight, ones, *moments(0 * ones, 0 * ones), rate=2**-8 / 100, **options)  # below 1 bf16's values are 2^-8 apart
+        assert set(weight.float().unique().tolist()) <= {1.0, 1 - 2**-8}
+        assert ((1 - weight.float()).mean() / (2**-8 / 100)).item() == pytest.approx(1, abs=0.1)
+        moved.append(weight < 1)
+    assert torch.equal(moved[0], moved[1])
+    for other in moved[2:]:
+        assert (moved[0] & other).float().mean() < 1e-3  # independent: one in ten thousand
+
+
+@on_both
+def test_neither_nan_nor_infinity_is_rounded_away(device: str) -> None:
+    weight = torch.ones(BLOCK, device=device).bfloat16()
+    gradient = torch.zeros(BLOCK, device=device)
+    gradient[3] = float("nan")
+    weight[5] = float("inf")
+    floats = (Moment(torch.zeros_like(gradient), None), Moment(torch.zeros_like(gradient), None))
+    step(weight, gradient, *floats, rate=1e-3)
+    assert weight.isnan().nonzero().tolist() == [[3]]
+    assert weight.isinf().nonzero().tolist() == [[5]]
+
+
+@pytest.mark.interpreted
+def test_what_does_not_fit_is_refused() -> None:
+    weight = torch.zeros(2, BLOCK)
+    held = moments(weight, weight)
+    with pytest.raises(ValueError, match="not contiguous; give contiguous ones"):
+        step(torch.zeros(BLOCK, 2).t(), weight, *held)
+    with pytest.raises(ValueError, match=r"have the shapes .*\(3,\).*; give the same"):
+        step(weight, torch.zeros(3), *held)
+    with pytest.raises(ValueError, match="one moment alone has scales"):
+        step(weight, weight, held[0], Moment(weight, None))
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("quantised", [True, False])
+def test_the_kernel_compiles(architecture: int, quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(launching, "launch", lambda kernel, tensors, prepare, *_: calls.append((tensors, prepare())))
+    weight = torch.zeros(8, BLOCK, dtype=torch.bfloat16)
+    held = moments(weight.float(), weight.float()) if quantised else (Moment(weight, None), Moment(weight, None))
+    step(weight, weight, *held, gradient_scale=torch.tensor(1.0))
+    ((tensors, call),) = calls
+    assert compiled_for(architecture, step_kernel, (*tensors, *call.numbers), call.named).metadata.shared <= SHARED_MEMORY[architecture]
