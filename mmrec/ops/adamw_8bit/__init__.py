@@ -26,8 +26,8 @@ def step_numbers(
     learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, device: torch.device
 ) -> Tensor:
     """What a step, numbered from 1, multiplies by, (7,) fp32 on `device`, which is not waited for."""
-    corrections = (1 - betas[0] ** step, (1 - betas[1] ** step) ** 0.5)
-    numbers = torch.tensor((learning_rate, weight_decay, *betas, eps, *corrections), dtype=torch.float32)
+    unbiased = (learning_rate / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5)
+    numbers = torch.tensor((learning_rate, weight_decay, *betas, eps, *unbiased), dtype=torch.float32)
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
