@@ -166,7 +166,9 @@ def test_segments_side_by_side(setting: Setting, time: int, case: Case, given: s
     assert found[-1] >= 4
     expected_outputs, expected_grads = gradients(case.op, in_float64(inputs), reset)
     for actual, expected in zip(outputs, expected_outputs, strict=True):
-        assert_same(actual, expected)
+        # Decays near 1 add the last digits of a GPU's ex2 and rcp up over thousands of tokens.
+        limit = 10 * TOLERANCE[torch.float32] if setting.device == "cuda" and actual.dtype == torch.float32 else None
+        assert_same(actual, expected, limit=limit)
     for name in inputs:
         assert_same(grads[name], expected_grads[name], limit=10 * TOLERANCE[torch.float32] if setting.dtype == torch.float32 else 2e-2)
 
