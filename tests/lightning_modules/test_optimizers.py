@@ -1,5 +1,6 @@
 """The optimisers: which there are, what they refuse, and that none of their state is lost on the way through a checkpoint."""
 
+import copy
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -180,8 +181,8 @@ def test_the_kernels_step_is_torchaos(shape: tuple[int, ...]) -> None:
     theirs = torchao.optim.AdamW8bit(groups[1], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, bf16_stochastic_round=True)
     assert ours.divides_gradients
     for index in range(6):
-        if index == 3:
-            ours.load_state_dict(theirs.state_dict())
+        if index == 3:  # as through a checkpoint: loaded as they are, moments would be shared
+            ours.load_state_dict(whole_state(copy.deepcopy(plain_state(theirs.state_dict()))))
         gradient = torch.randn(shape, device="cuda")
         for weight, optimizer in zip(weights, (ours, theirs), strict=True):
             weight.grad = gradient.clone()
