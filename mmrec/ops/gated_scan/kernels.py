@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mmrec.ops.gated_scan.kernels_backward import backward_kernel
+from mmrec.ops.gated_scan.kernels_chain import chain_kernel
 from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
 from mmrec.ops.gated_scan.kernels_newton import newton_kernel
 from mmrec.ops.launching import Call, blocks, check_row_strides, launch, strides
@@ -18,6 +19,9 @@ from mmrec.ops.tuning import channel_class, launch_options
 # Channels of all sequences that fill a GPU, and segments below which the backward of a long sequence is not cut: its maps read 12 of the 20
 # bytes once more that it moves.
 CHANNELS, WORTH = 16384, 16
+WORTH_FORWARD = 4  # the same of the forward, whose passes are two instead of one
+_TOLERANCE = 4e-6  # of a state between segments, relative to the channel's largest: rounding leaves some 1e-6 after thousands of tokens
+_CHAINED = 64  # channels of a program of `chain_kernel`
 
 
 class Decay(NamedTuple):
@@ -56,10 +60,21 @@ class Decay(NamedTuple):
 
 def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D), contiguous in the dtype of `z`, and `h_last` (B, D) fp32."""
+    decay = Decay(log_gamma)
+    segments = forward_segments(z, p, decay, reset)
+    if segments > 1:
+        return segmented_scan(z, p, decay, w_g, h0, reset, segments)
     if newton_is_faster(z):
         h, h_last, _ = newton_scan(z, p, log_gamma, w_g, h0, reset)
         return h, h_last
-    return sequential_scan(z, p, Decay(log_gamma), w_g, h0, reset)
+    return sequential_scan(z, p, decay, w_g, h0, reset)
+
+
+def forward_segments(z: Tensor, p: Tensor, decay: Decay, reset: Tensor | None) -> int:
+    """Into how many segments the forward of long sequences of few channels is cut; 1: it is not."""
+    batch, time, channels = z.shape
+    filling = launch_options("gated_scan.forward_segments", "choice", z.device)["channels"]
+    return count(time, batch * channels, filling, WORTH_FORWARD, (z, p, decay.values, decay.context, reset))
 
 
 def newton_is_faster(z: Tensor) -> bool:
@@ -71,20 +86,77 @@ def newton_is_faster(z: Tensor) -> bool:
 
 def sequential_scan(z: Tensor, p: Tensor, decay: Decay, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """The forward as a loop over time, whatever the shape."""
+    h, h_last = _outputs(z)
+    _sequential(z, p, decay, w_g, h0, reset, h, h_last)
+    return h, h_last
+
+
+def segmented_scan(
+    z: Tensor, p: Tensor, decay: Decay, w_g: Tensor, h0: Tensor | None, reset: Tensor | None, segments: int
+) -> tuple[Tensor, Tensor]:
+    """The forward as loops over segments side by side, for long sequences of few channels: Newton's method for the states between them.
+
+    A first pass from zeros gives what each segment leaves and how that changes with what it starts from, both exact for `w_g` of zero; the
+    states that follow are those of the second pass, which writes `h`. Channels whose states are still off are run once more, and at last
+    in one piece. That is decided on the device: what is not needed ends at once.
+    """
     batch, _, channels = z.shape
     h, h_last = _outputs(z)
+    used = torch.zeros((batch, segments, channels), dtype=torch.float32, device=z.device)
+    if h0 is not None:
+        used[:, 0] = h0
+    left, product, starts = (torch.empty_like(used) for _ in range(3))
+    wanted = torch.empty((batch, channels), dtype=torch.int32, device=z.device)
+    long = (cut(z, segments), cut(p, segments), decay.in_segments(segments), w_g)
+    new = None if reset is None else cut(reset, segments)
+    for index, states in enumerate((None, cut(h, segments), cut(h, segments))):
+        needed = wanted if index == 2 else None
+        _sequential(*long, used.flatten(0, 1), new, states, left.flatten(0, 1), product.flatten(0, 1), needed, segments)
+        _chain(used, left, product, h0, starts, h_last, wanted, first=index < 2)
+        used, starts = starts, used
+    _sequential(z, p, decay, w_g, h0, reset, h, h_last, None, wanted)
+    return h, h_last
+
+
+def _chain(
+    used: Tensor, left: Tensor, product: Tensor, h0: Tensor | None, starts: Tensor, h_last: Tensor, wanted: Tensor, first: bool
+) -> None:
+    """See `chain_kernel`."""
 
     def prepare() -> Call:
+        batch, segments, channels = used.shape
+        named = {"FIRST": first, "TOLERANCE": _TOLERANCE, "BD": _CHAINED, "num_warps": 1}
+        return Call((batch * blocks(channels, _CHAINED),), (segments, channels, *strides(h0, 2)), named)
+
+    launch(chain_kernel, (used, left, product, h0, starts, h_last, wanted), prepare, first)
+
+
+def _sequential(
+    z: Tensor,
+    p: Tensor,
+    decay: Decay,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    h: Tensor | None,
+    h_last: Tensor,
+    product: Tensor | None = None,
+    wanted: Tensor | None = None,
+    segments: int = 1,
+) -> None:
+    """One launch of `sequential_kernel` into `h`, `h_last` and `product`; `wanted`: of sequences of `segments` each."""
+
+    def prepare() -> Call:
+        batch, _, channels = z.shape
         options = launch_options(decay.row("forward"), channel_class(batch, channels), z.device)
         _check_rows(1 << options["LEVELS"], z, p, decay.values, decay.context)
         numbers, flags = _forward_arguments(z, p, decay.values, w_g, h0, reset)
         of_gates = (*_gate_strides(decay), *decay.bounds())
         named = flags | decay.flags() | {"GROUPED": p.shape[-1] < channels} | options
-        return Call((batch * blocks(channels, options["BD"]),), (*numbers, *of_gates), named)
+        return Call((batch * blocks(channels, options["BD"]),), (*numbers, *of_gates, segments), named)
 
-    tensors = (z, p, decay.values, w_g, h0, reset, h, h_last, decay.bias, decay.context, decay.context_bias)
-    launch(sequential_kernel, tensors, prepare, decay.low, decay.high)
-    return h, h_last
+    tensors = (z, p, decay.values, w_g, h0, reset, h, h_last, decay.bias, decay.context, decay.context_bias, product, wanted)
+    launch(sequential_kernel, tensors, prepare, decay.low, decay.high, segments)
 
 
 def _gate_strides(decay: Decay) -> tuple[int, ...]:

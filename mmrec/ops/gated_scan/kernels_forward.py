@@ -35,6 +35,12 @@ def decay_of(values, context, biases, bounds, LOGITS: tl.constexpr, HAS_CONTEXT:
 
 
 @triton.jit
+def jacobian(gamma, u, gate, w_scaled):
+    """∂h_t/∂h_{t−1} = γ + w u σ′; zero where γ and w are, at a document's first token."""
+    return gamma + w_scaled * (-1.0 / LOG2E) * u * gate * (1.0 - gate)
+
+
+@triton.jit
 def rows_of(tile, ROWS: tl.constexpr, BD: tl.constexpr, LEVELS: tl.constexpr):
     """The rows of a tile [ROWS, BD] as a tuple, ROWS = 2^LEVELS; each thread then holds its channels' whole columns in registers."""
     parts = (tl.trans(tile),)
@@ -65,6 +71,8 @@ def sequential_kernel(
     bias_ptr,
     context_ptr,
     context_bias_ptr,
+    product_ptr,
+    wanted_ptr,
     T,
     D: tl.constexpr,
     group,
@@ -91,6 +99,7 @@ def sequential_kernel(
     greatest,
     least_lost,
     greatest_lost,
+    segments,
     BD: tl.constexpr,
     LEVELS: tl.constexpr,
     STAGES: tl.constexpr,
@@ -106,17 +115,24 @@ def sequential_kernel(
     Tiles are copied into shared memory STAGES − 1 ahead. With x = −log2 e · (w h + p) carried beside h a step's chain is fma, ex2, add,
     rcp.
     `decay` holds log γ; with LOGITS the first gate's logits, and `context`, with HAS_CONTEXT, the second's. What γ needs is off the chain.
+    `product`, (B, D) fp32, gets ∂h_last/∂h0. A `wanted` that is given, (B / segments, D) int32, says which channels are needed: a program
+    without any does nothing. Without `h` only what is left at the end is stored.
     """
     ROWS: tl.constexpr = 1 << LEVELS
     stripes = tl.cdiv(D, BD)
     batch = (tl.program_id(0) // stripes).to(tl.int64)
+    if wanted_ptr is not None:
+        own = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD)
+        if tl.max(tl.load(wanted_ptr + batch // segments * D + own, mask=own < D, other=0)) == 0:
+            return
     channel = (tl.program_id(0) % stripes) * BD + tl.arange(0, BD).to(tl.int64)
     inside = channel < D
     row = tl.arange(0, ROWS)[:, None]
     z_row = z_ptr + batch * z_stride_B + channel * z_stride_D
     p_row = p_ptr + batch * p_stride_B + (channel // group) * p_stride_D
     decay_row = decay_ptr + batch * decay_stride_B + channel * decay_stride_D
-    h_row = h_ptr + batch * T * D + channel
+    if h_ptr is not None:
+        h_row = h_ptr + batch * T * D + channel
     if HAS_CONTEXT:
         context_row = context_ptr + batch * context_stride_B + channel * context_stride_D
     if HAS_RESET:
@@ -134,6 +150,7 @@ def sequential_kernel(
     h = tl.zeros([BD], tl.float32)
     if HAS_H0:
         h = tl.load(h0_ptr + batch * h0_stride_B + channel * h0_stride_D, mask=inside, other=0.0).to(tl.float32)
+    product = tl.full([BD], 1.0, tl.float32)
 
     whole = T // ROWS * ROWS
     # What cannot be copied asynchronously (single bytes, repeated channels) is loaded into registers one tile ahead.
@@ -169,6 +186,8 @@ def sequential_kernel(
             u = write * zs[j].to(tl.float32)
             kept = gamma * h
             gate = sigmoid_of_scaled(x, INTERPRETED)
+            if product_ptr is not None:
+                product *= jacobian(gamma, u, gate, w)
             if j + 1 < ROWS:
                 # What the next token's gate sees, w (u σ + γ h) + p, with everything but σ formed beforehand.
                 w = w_scaled
@@ -176,8 +195,10 @@ def sequential_kernel(
                     w = tl.where((bits >> (j + 1)) & 1 != 0, 0.0, w_scaled)
                 x = tl.fma(w * u, gate, w * kept - ps[j + 1].to(tl.float32) * LOG2E)
             h = tl.fma(u, gate, kept)
-            tl.store(h_row + j * D, h.to(h_ptr.dtype.element_ty), mask=inside)
-        h_row += ROWS * D
+            if h_ptr is not None:
+                tl.store(h_row + j * D, h.to(h_ptr.dtype.element_ty), mask=inside)
+        if h_ptr is not None:
+            h_row += ROWS * D
         z_row += ROWS * z_stride_T
         p_row += ROWS * p_stride_T
         decay_row += ROWS * decay_stride_T
@@ -197,10 +218,19 @@ def sequential_kernel(
             begins = tl.load(reset_row) != 0
             reset_row += reset_stride_T
         gamma, write = decay_of(decay, context, biases, bounds, LOGITS, HAS_CONTEXT, INTERPRETED)
+        if product_ptr is not None:
+            gate = sigmoid_of_scaled(w_scaled * h - p.to(tl.float32) * LOG2E, INTERPRETED)
+            factor = jacobian(gamma, write * z.to(tl.float32), gate, w_scaled)
+            if HAS_RESET:
+                factor = tl.where(begins, 0.0, factor)
+            product *= factor
         h = advance(h, z, gamma, write, p, w_scaled, begins, HAS_RESET, INTERPRETED)
-        tl.store(h_row, h.to(h_ptr.dtype.element_ty), mask=inside)
-        h_row += D
+        if h_ptr is not None:
+            tl.store(h_row, h.to(h_ptr.dtype.element_ty), mask=inside)
+            h_row += D
         z_row += z_stride_T
         p_row += p_stride_T
         decay_row += decay_stride_T
     tl.store(h_last_ptr + batch * D + channel, h, mask=inside)
+    if product_ptr is not None:
+        tl.store(product_ptr + batch * D + channel, product, mask=inside)
