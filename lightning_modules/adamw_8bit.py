@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 
 from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, step_numbers
+from mmrec.ops.common import state_dtype
 from mmrec.ops.registration import runs_kernel
 
 
@@ -20,22 +21,22 @@ class FusedAdamW8bit(AdamW8bit):
     """`torchao.optim.AdamW8bit`, one kernel a tensor where Triton runs; its own step elsewhere.
 
     Attributes:
-        grad_scale: 0-dim fp32 that the kernels divide gradients by, as torch's fused optimisers do, but without changing `.grad`; None:
-            by nothing. Only where `divides_gradients`.
+        grad_scale: 0-dim fp32 that kernels divide gradients by, as torch's fused optimisers do, but without changing `.grad`; None:
+            by nothing. Only where `divides_gradients()`.
     """
 
     grad_scale: Tensor | None = None
 
-    @property
     def divides_gradients(self) -> bool:
         """Whether `step` runs as kernels, which take `grad_scale`."""
         tensors = [_local(p) for group in self.param_groups for p in group["params"]]
-        return self.block_size == BLOCK and all(runs_kernel(t, torch.float32) and t.is_contiguous() for t in tensors)
+        plain = self.block_size == BLOCK and not any(group["amsgrad"] for group in self.param_groups)
+        return plain and all(runs_kernel(t, state_dtype(t)) and t.is_contiguous() for t in tensors)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters that have a gradient; nothing waits for the device."""
-        if not self.divides_gradients:
+        if not self.divides_gradients():
             return super().step(closure)
         loss = None
         if closure is not None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Adam, Optimizer
 
@@ -43,6 +44,8 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     if not parameters:
         return None
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
+    if isinstance(norm, DTensor):  # of shards: the norm of all of them
+        norm = norm.full_tensor()
     if clip_val and algorithm == "value":
         clip_grad_value_(parameters, clip_val)
     elif clip_val and _divides_gradients(optimizer):
@@ -58,7 +61,8 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
 def _divides_gradients(optimizer: Optimizer) -> bool:
     """Whether `step` divides all gradients by the optimiser's `grad_scale`."""
     fused = isinstance(optimizer, Adam) and all(group.get("fused") for group in optimizer.param_groups)
-    return fused or getattr(optimizer, "divides_gradients", False)
+    own = getattr(optimizer, "divides_gradients", None)
+    return fused or (own is not None and own())
 
 
 def auxiliary_gradient_statistics(network: MMRecModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
         name: `adamw`, PyTorch's, fused on a GPU, its moments in the parameters' dtype; `adamw_8bit`, torchao's, its moments in 8 bits
             with a scale for each 256 of them, its step our kernel on a GPU; `adamw_bf16`, torchao's with the moments in bf16. The last two
             round bf16 weights stochastically, so that updates smaller than a weight's last bit are not lost. torchao's own steps compile
-            for some 20 s at first.
+            at first, for 20 s and more.
         groups: AdamW's parameter groups.
         learning_rate: in torchao's optimisers it becomes a 0-dim tensor, which `set_learning_rate` knows.
         betas: decay rates of the moments.

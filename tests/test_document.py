@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from mmrec.commandline import machine_needs
-
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 DOCUMENT = (DOCS / "PERFORMANCE_AND_DEPENDENCIES.md").read_text(encoding="utf-8")
@@ -281,11 +279,6 @@ def test_a_graph_and_a_setting_are_told(document: ModuleType, tmp_path: Path) ->
     )
     assert "| bf16-mixed, CUDA graph |" in made
     assert "| 8.9600 (25) |" in made
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(machine_needs, "NOT_COMPARED", ())
-        assert "not proven right" not in written(document, tmp_path, train_step_h100=[graph | {"date": "2026-11-25"}])
-    assert "not proven right" in written(document, tmp_path, train_step_h100=[graph | {"date": "2026-11-25"}])
-    assert "2026-11-25: an H100 instead of an H200" in (DOCS / "log.md").read_text(encoding="utf-8")
     given = eager | {"command": "python benchmarks/train_step.py --only 370m_eager --profile"}
     assert "written by `python benchmarks/train_step.py --only 370m_eager --profile`." in written(
         document, tmp_path, train_step_h100=[given]

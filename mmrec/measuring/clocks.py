@@ -11,7 +11,7 @@ import torch
 from mmrec.measuring.failures import Failure, guarded
 from mmrec.measuring.machine import synchronize
 
-SHORT = 20.0  # ms; calls below are replayed from a graph
+SHORT = 50.0  # ms; calls below are replayed from a graph
 LONG = 1.0  # ms; of calls above a graph holds one for each set of inputs, of shorter ones IN_A_ROW at least
 IN_A_ROW = 4
 SLOW = 500.0  # ms; a call above is timed by hand: do_bench would repeat it ten times before its first figure
@@ -89,12 +89,12 @@ class Clocked(NamedTuple):
 def kernel_ms(
     functions: Sequence[Callable[[], Any]], where: torch.device, graphs: bool = True, repeat_ms: int = 100, warmup_ms: int = 25
 ) -> Clocked:
-    """Time a call, given once for each set of inputs, in all three ways; `repeat_ms` and `warmup_ms` are those of `ms`.
+    """Time a call, given once for each set of inputs, in all three ways; `repeat_ms` and `warmup_ms` as `median_ms`'s.
 
     A call of some 0.1 ms is launched more slowly than it runs, autograd's part above all; in a training step the host keeps ahead. One
     that cannot be captured in a graph, or is long enough, is timed from Python alone.
     """
-    eager = median_ms(rotating(functions), where)
+    eager = median_ms(rotating(functions), where, repeat_ms, warmup_ms)
     if not graphs or where.type == "cpu" or eager > SHORT:
         return Clocked(eager, eager, eager, False)
     in_a_row = [*functions] * (1 if eager > LONG else -(-IN_A_ROW // len(functions)))

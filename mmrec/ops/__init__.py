@@ -2,7 +2,7 @@
 
 Every operator is a folder: `naive.py` is the truth, a plain loop where it is a recurrence; `kernels*.py` are the Triton kernels, which run
 on CUDA and, with `TRITON_INTERPRET=1` set before Python starts, on a CPU; `pytorch.py` is what runs on a CPU otherwise, and for float64
-everywhere. States and log-decays are fp32 inside, whatever the inputs' dtype.
+everywhere. States and log-decays are fp32 inside, whatever the inputs' dtype. `adamw_8bit` is an optimiser's step: a kernel alone.
 """
 
 from mmrec.ops.decay_log import decay_log

@@ -26,7 +26,8 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
         The operator, to be called like a function.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema)
+    # A compiler must hand tensors over with the strides it traced: what a fake returns may depend on them.
+    _LIBRARY.define(schema, tags=(torch.Tag.needs_exact_strides,))
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mmrec::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.mmrec, name).default

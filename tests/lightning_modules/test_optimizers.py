@@ -173,13 +173,13 @@ def test_the_memory_table_counts_8_bit_moments() -> None:
 @pytest.mark.parametrize("shape", [(64, 64), (33, 7)], ids=["8 bits", "too small for them"])
 def test_the_kernels_step_is_torchaos(shape: tuple[int, ...]) -> None:
     """Of fp32 weights, which are not rounded at random; and it goes on from torchao's own state."""
-    torchao = import_torchao("a test")
+    torchao = pytest.importorskip("torchao.optim")
     weights = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for _ in range(2)]
     weights[1].data.copy_(weights[0].data)
     groups = [[{"params": [weight], "weight_decay": 0.1}] for weight in weights]
     ours = make_optimizer("adamw_8bit", groups[0], 1e-2, (0.9, 0.95), 1e-8)
-    theirs = torchao.optim.AdamW8bit(groups[1], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, bf16_stochastic_round=True)
-    assert ours.divides_gradients
+    theirs = torchao.AdamW8bit(groups[1], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, bf16_stochastic_round=True)
+    assert ours.divides_gradients()
     for index in range(6):
         if index == 3:  # as through a checkpoint: loaded as they are, moments would be shared
             ours.load_state_dict(whole_state(copy.deepcopy(plain_state(theirs.state_dict()))))
@@ -187,9 +187,13 @@ def test_the_kernels_step_is_torchaos(shape: tuple[int, ...]) -> None:
         for weight, optimizer in zip(weights, (ours, theirs), strict=True):
             weight.grad = gradient.clone()
             optimizer.step()
-        # A moment on a half-way point between two codes may round to either, a part in a hundred of a moment or less.
-        assert (weights[0] - weights[1]).abs().mean() < 1e-5
-        assert (weights[0] - weights[1]).abs().max() < 1e-3
-    assert {name: type(value) for name, value in ours.state[weights[0]].items()} == {
-        name: type(value) for name, value in theirs.state[weights[1]].items()
-    }
+        # Where a moment lies on a half-way point between two codes either may come out, a part in a hundred of it or less.
+        assert (weights[0] - weights[1]).abs().mean() < 1e-6
+        assert (weights[0] - weights[1]).abs().max() < 1e-4
+    for name, value in ours.state[weights[0]].items():
+        other = theirs.state[weights[1]][name]
+        assert type(value) is type(other)
+        if hasattr(value, "codes"):
+            assert (value.codes.int() - other.codes.int()).abs().max() <= 1
+            assert (value.codes != other.codes).float().mean() < 1e-2
+            assert torch.allclose(value.scale, other.scale, rtol=1e-5)

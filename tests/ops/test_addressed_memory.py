@@ -64,7 +64,9 @@ def apart(tensor: Tensor) -> Tensor:
 def assert_equal_to_the_naive_forms(setting: Setting, case: Addressed) -> None:
     gradients = case.gradients()
     for name, expected in case.truth().items():
-        assert_same(gradients[name], expected, limit=MEMORY.gradient_limit(setting), what=f"gradient to {name}")
+        # Of one token it is a sum over a whole memory, stored in bf16, whose parts may cancel.
+        loose = 2 if name == "log_alpha" and setting.dtype == torch.bfloat16 else 1
+        assert_same(gradients[name], expected, limit=loose * MEMORY.gradient_limit(setting), what=f"gradient to {name}")
     assert not any(gradient.isnan().any() for gradient in gradients.values())
 
 
@@ -76,9 +78,9 @@ def assert_equal_to_the_naive_forms(setting: Setting, case: Addressed) -> None:
         *((INTERPRETED, time) for time in (1, 37)),
         *((ONE_HEAD.resized(K=K, V=V), 21) for K, V in WIDTHS),
         *((setting, 21) for setting in INTERPRETED_LOW),
-        *((setting.resized(K=K, V=V), time) for setting in (GPU, *GPU_LOW) for K, V in (*WIDTHS, (256, 256)) for time in (2, 130)),
+        *((setting.resized(K=K, V=V), time) for setting in (GPU, *GPU_LOW) for K, V in (*WIDTHS, (256, 256)) for time in (1, 130)),
         *((GPU_LOW[0].resized(K=K, V=V), time) for K, V in OBLONG for time in (65, 130)),
-        *((MANY_HEADS, 333), (GPU, 1)),
+        *((MANY_HEADS, 333), (MANY_HEADS.resized(K=36, V=20), 130), (MANY_HEADS.resized(K=20, V=36), 130)),
     ]
 )
 def test_gradients_equal_the_naive_forms(setting: Setting, time: int, everything: bool) -> None:

@@ -11,6 +11,7 @@ from mmrec.ops import sums
 from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.launching import Call
 from mmrec.ops.memory_scan import chaining
+from mmrec.ops.tuning import overridden
 
 Launched = tuple[Any, tuple[torch.Tensor | None, ...], Call]
 
@@ -57,6 +58,11 @@ def test_kernels_compile_and_fit(
     """On Ampere, whose shared memory is smaller, with fewer stages if need be, as `launch` does."""
     found = [launched for time in (1, 8192) for launched in launches(case, dtype, {"B": 4, "T": time} | widths, full, monkeypatch)]
     assert len(found) >= 3
+    assert_compiled(found, architecture)
+
+
+def assert_compiled(found: list[Launched], architecture: int) -> None:
+    """All that differ compile, and fit the architecture's shared memory."""
     seen = set()
     for kernel, tensors, call in found:
         key = (kernel.__name__, tuple(t if t is None else t.dtype for t in tensors), str(sorted(call.named.items())))
@@ -67,3 +73,15 @@ def test_kernels_compile_and_fit(
         if architecture < 90 and shared > SHARED_MEMORY[architecture]:
             shared = compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named | {"STAGES": 1}).metadata.shared
         assert shared <= SHARED_MEMORY[architecture], kernel.__name__
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("case", [GATED, GATED_LOGITS], ids=lambda case: case.name)
+def test_a_forward_in_segments_compiles(case: Case, full: bool, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with overridden(**{"gated_scan.forward_segments": {"channels": 16384}}):
+        found = launches(case, torch.bfloat16, {"B": 1, "T": 32768, "D": 1024, "P": 1024}, full, monkeypatch)
+    names = [kernel.__name__ for kernel, *_ in found]
+    assert names[:7] == [*["sequential_kernel", "chain_kernel"] * 3, "sequential_kernel"]
+    assert_compiled(found[:7], architecture)

@@ -25,9 +25,10 @@ class Moment(NamedTuple):
 def step_numbers(
     learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int, device: torch.device
 ) -> Tensor:
-    """What a step, numbered from 1, multiplies by, (7,) fp32 on `device`, which is not waited for."""
+    """What a step, numbered from 1, multiplies by, (6,) fp32 on `device`, which is not waited for."""
     unbiased = (learning_rate / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5)
-    numbers = torch.tensor((learning_rate, weight_decay, *betas, eps, *unbiased), dtype=torch.float32)
+    # 1 − β here, in double precision: of a β near 1 fp32 leaves few digits to it.
+    numbers = torch.tensor((1 - learning_rate * weight_decay, 1 - betas[0], 1 - betas[1], eps, *unbiased), dtype=torch.float32)
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
 
 
@@ -59,15 +60,24 @@ def adamw_8bit_(
         gradient_scale: 0-dim fp32 on the device: the gradient is divided by it; None: by nothing.
 
     Raises:
-        ValueError: for a weight that is not contiguous, or shapes that do not fit.
+        ValueError: for a weight that is not contiguous, or shapes, dtypes or devices that do not fit.
     """
+    tensors = (weight, gradient, first.values, second.values)
     if not (weight.is_contiguous() and first.values.is_contiguous() and second.values.is_contiguous()):
         raise ValueError(f"adamw_8bit_: a weight of strides {weight.stride()} or its moments are not contiguous; give contiguous ones")
-    if not (weight.shape == gradient.shape == first.values.shape == second.values.shape):
-        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (weight, gradient, first.values, second.values))
+    if len({tensor.shape for tensor in tensors}) > 1:
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors)
         raise ValueError(f"adamw_8bit_: weight, gradient and moments have the shapes {shapes}; give the same")
-    if (first.scale is None) != (second.scale is None) or (first.scale is not None and weight.numel() % BLOCK):
-        raise ValueError(f"adamw_8bit_: {weight.numel()} elements are no whole blocks of {BLOCK}, or one moment alone has scales")
+    if len({tensor.device for tensor in (*tensors, numbers, seed)}) > 1:
+        raise ValueError(f"adamw_8bit_: tensors lie on several devices; move all to {weight.device}")
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"adamw_8bit_: the weight is {weight.dtype}; give fp32 or bf16")
+    if (first.scale is None) != (second.scale is None):
+        raise ValueError("adamw_8bit_: one moment has scales and the other has none; give both as codes, or both as floats")
+    for moment in (first, second):
+        if moment.scale is not None and (moment.values.dtype != torch.uint8 or moment.scale.numel() * BLOCK != weight.numel()):
+            found = f"{moment.values.dtype} with {moment.scale.numel()} scales"
+            raise ValueError(f"adamw_8bit_: a moment of {weight.numel()} elements is {found}; give uint8 codes, a scale for every {BLOCK}")
     from mmrec.ops.adamw_8bit.kernels import launch  # Triton exists on Linux alone
 
     moments = (first.values, first.scale, second.values, second.scale)

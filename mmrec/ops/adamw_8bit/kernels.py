@@ -93,19 +93,21 @@ def step_kernel(
     WHOLE: tl.constexpr,
     STOCHASTIC: tl.constexpr,
 ):
-    """ROWS blocks of WIDTH elements; all contiguous. Without scales the moments are floats as they are. WHOLE: the last block is full."""
+    """ROWS blocks of WIDTH of `count` elements, all contiguous, weight fp32 or bf16. WHOLE: the last block is full.
+
+    Moments are uint8 codes with fp32 scales, one a block, or without scales floats as they are. `numbers` are `step_numbers`'.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     whole = rows * WIDTH < count
     # Whether a block counts is one answer for all that a thread loads at once; of an element it would be one each, and a load each.
     inside = tl.broadcast_to(whole[:, None], [ROWS, WIDTH]) if WHOLE else offsets < count
-    rate = tl.load(numbers_ptr)
-    weight_decay = tl.load(numbers_ptr + 1)
-    beta1 = tl.load(numbers_ptr + 2)
-    beta2 = tl.load(numbers_ptr + 3)
-    eps = tl.load(numbers_ptr + 4)
-    corrected_rate = tl.load(numbers_ptr + 5)
-    correction2 = tl.load(numbers_ptr + 6)
+    shrink = tl.load(numbers_ptr)
+    new_share1 = tl.load(numbers_ptr + 1)
+    new_share2 = tl.load(numbers_ptr + 2)
+    eps = tl.load(numbers_ptr + 3)
+    corrected_rate = tl.load(numbers_ptr + 4)
+    correction2 = tl.load(numbers_ptr + 5)
 
     gradient = tl.load(gradient_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
     if gradient_scale_ptr is not None:
@@ -121,9 +123,9 @@ def step_kernel(
         second = decoded(tl.load(second_ptr + offsets, mask=inside, other=0).to(tl.int32) + 1, 7, 1)
         second *= tl.load(second_scale_ptr + rows, mask=whole, other=0.0)[:, None]
 
-    first += (1.0 - beta1) * (gradient - first)
-    second += (1.0 - beta2) * (gradient * gradient - second)
-    weight = weight * (1.0 - rate * weight_decay) - corrected_rate * first / (tl.sqrt(second) * correction2 + eps)
+    first += new_share1 * (gradient - first)
+    second += new_share2 * (gradient * gradient - second)
+    weight = weight * shrink - corrected_rate * first / (tl.sqrt(second) * correction2 + eps)
     if STOCHASTIC:
         seed = tl.load(seed_ptr) ^ (salt * 0x2C1B3C6D)
         weight = _rounded_at_random(weight, offsets, seed)
@@ -132,12 +134,13 @@ def step_kernel(
         tl.store(first_ptr + offsets, first.to(first_ptr.dtype.element_ty), mask=inside)
         tl.store(second_ptr + offsets, second.to(second_ptr.dtype.element_ty), mask=inside)
     else:
-        largest = tl.maximum(tl.max(tl.abs(first), 1), 1e-12)
+        # 0 times a sum is 0, or NaN where a maximum would pass over one: then the whole block is NaN, as everywhere else in torch.
+        largest = tl.maximum(tl.max(tl.abs(first), 1), 1e-12) + 0.0 * tl.sum(first, 1)
         tl.store(first_scale_ptr + rows, largest, mask=whole)
         n = encoded(tl.abs(first) * (1.0 / largest)[:, None], 6, 0)
         code = tl.where(first < 0, 127 - tl.minimum(n, 127), 127 + n)  # the map has no −1
         tl.store(first_ptr + offsets, code.to(tl.uint8), mask=inside)
-        largest = tl.maximum(tl.max(second, 1), 1e-12)
+        largest = tl.maximum(tl.max(second, 1), 1e-12) + 0.0 * tl.sum(second, 1)
         tl.store(second_scale_ptr + rows, largest, mask=whole)
         n = encoded(second * (1.0 / largest)[:, None], 7, 1)
         tl.store(second_ptr + offsets, (n - 1).to(tl.uint8), mask=inside)

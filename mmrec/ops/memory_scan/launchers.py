@@ -37,10 +37,11 @@ def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, 
 
 
 def _covering(width: int, other: int) -> int:
-    """The narrowest tile that holds one side of a memory; a matrix product needs 16.
+    """The widest tile that one side of a memory needs; a matrix product needs 16.
 
-    None is 32 wide beside one of 64 or more: for such pairs the ptxas that Triton 3.6 brings along makes wrong code for Hopper (dlog α and
-    dv were; with -O0, and by CUDA 13's ptxas, they are right). Networks' memories are square and lose nothing.
+    Where one side fits 32 and the other does not, both get 64: of `gradient_kernel` and the walk that reads out, with a tile of 32 beside
+    one of 64 that hold a whole head, the ptxas of Triton 3.6 makes wrong code for Hopper (dlog α, dv; right with -O0, and by CUDA 13's
+    ptxas). The walk that only stores, 64 × 32 of wider heads, was compared and is right. Networks' memories are square.
     """
     return max(16, power_of_two(width), min(64, power_of_two(other)))
 
@@ -232,7 +233,7 @@ def new_memories(q: Tensor, k: Tensor, v: Tensor, log_alpha: Tensor, reset: Tens
     """Room for the memories that `launch_forward` of the same tensors keeps, (B·S·H, N, K, V) with N chunks in each of S segments.
 
     Nothing, (0,), where the backward has to make its own. The strides decide too, which a fake tensor has: torch.compile hands every
-    tensor over with those it was traced with (`needs_exact_strides`, its default for operators like ours).
+    tensor over with those it was traced with (see `registration.register`).
     """
     count = _segments(k, v, q, k, v, log_alpha, reset)
     if count > 1:
