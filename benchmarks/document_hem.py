@@ -90,10 +90,8 @@ def hem_settings(results: Results) -> str:
             missing = command_of("benchmark_hem", setting, rows, f" --only forward --append{into}")
             lines.append(f"  Not measured yet: the forward of {LAYERS} layers (rows `forward_{LAYERS}`); on a GPU, `{missing}` writes it.")
     if not any(row.get("H") == FOUNDING_HEADS for row in measured.rows):
-        command = f"python -m mmrec.scripts.benchmark_hem --size 7b --num-heads {FOUNDING_HEADS} --append"
-        lines.append(
-            f"- Not measured yet on this GPU: {FOUNDING_HEADS} heads; `{command} --output benchmarks/results/{measured.path.name}` adds them."
-        )
+        options = f"--size 7b --num-heads {FOUNDING_HEADS} --append --output benchmarks/results/{measured.path.name}"
+        lines.append(f"- Not measured yet there: {FOUNDING_HEADS} heads; `python -m mmrec.scripts.benchmark_hem {options}` adds them.")
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""Every operator of the network once, and blocks, which run some of them fused, forward and backward, on small odd shapes: for NVIDIA's compute-sanitizer.
+"""Every operator of the network, and blocks, which run some fused, both ways on small odd shapes: for NVIDIA's compute-sanitizer.
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python benchmarks/sanitize_operators.py
     compute-sanitizer --tool racecheck python benchmarks/sanitize_operators.py
