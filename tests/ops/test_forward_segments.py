@@ -39,9 +39,10 @@ def in_segments(
     wanted: list[Tensor] = []
     chain = kernels._chain
 
-    def noted(*arguments: Tensor, first: bool) -> None:
-        chain(*arguments, first=first)
-        wanted.append(arguments[-1].clone())
+    def noted(*arguments: Tensor, **options: bool) -> None:
+        chain(*arguments, **options)
+        if not options.get("reverse"):
+            wanted.append(arguments[6].clone())
 
     monkeypatch.setattr(kernels, "_chain", noted)
     if setting.device == "cpu":

@@ -112,23 +112,32 @@ def segmented_scan(
     for index, states in enumerate((None, cut(h, segments), cut(h, segments))):
         needed = wanted if index == 2 else None
         _sequential(*long, used.flatten(0, 1), new, states, left.flatten(0, 1), product.flatten(0, 1), needed, segments)
-        _chain(used, left, product, h0, starts, h_last, wanted, first=index < 2)
+        _chain(left, product, used, h0, starts, h_last, wanted, every=index < 2)
         used, starts = starts, used
     _sequential(z, p, decay, w_g, h0, reset, h, h_last, None, wanted)
     return h, h_last
 
 
 def _chain(
-    used: Tensor, left: Tensor, product: Tensor, h0: Tensor | None, starts: Tensor, h_last: Tensor, wanted: Tensor, first: bool
+    left: Tensor,
+    product: Tensor,
+    used: Tensor | None,
+    first: Tensor | None,
+    starts: Tensor,
+    last: Tensor,
+    wanted: Tensor | None,
+    every: bool = True,
+    reverse: bool = False,
 ) -> None:
     """See `chain_kernel`."""
 
     def prepare() -> Call:
-        batch, segments, channels = used.shape
-        named = {"FIRST": first, "TOLERANCE": _TOLERANCE, "BD": _CHAINED, "num_warps": 1}
-        return Call((batch * blocks(channels, _CHAINED),), (segments, channels, *strides(h0, 2)), named)
+        batch, segments, channels = left.shape
+        numbers = (segments, channels, *strides(first, 2), *last.stride())
+        named = {"ALL": every, "REVERSE": reverse, "TOLERANCE": _TOLERANCE, "BD": _CHAINED, "num_warps": 1}
+        return Call((batch * blocks(channels, _CHAINED),), numbers, named)
 
-    launch(chain_kernel, (used, left, product, h0, starts, h_last, wanted), prepare, first)
+    launch(chain_kernel, (left, product, used, first, starts, last, wanted), prepare, every, reverse)
 
 
 def _sequential(
@@ -259,10 +268,10 @@ def adjoint_scan(
         long = (cut(dh, segments), cut(h, segments), cut(z, segments), cut(p, segments), cut(dz, segments), cut(dp_parts, segments))
         decay, ddecay = decay.in_segments(segments), ddecay.in_segments(segments)
         reset = None if reset is None else cut(reset, segments)
-        offsets, products = (torch.empty(before.shape, dtype=torch.float32, device=z.device) for _ in range(2))
-        _backward(long, decay, ddecay, w_g, reset, (None, before, offsets), None, products, group, summed)
-        after = chained(offsets, products, dh_last, dh0, segments)
-        states = (after, before, torch.empty_like(before))
+        offsets, products, after = (torch.empty((batch, segments, channels), dtype=torch.float32, device=z.device) for _ in range(3))
+        _backward(long, decay, ddecay, w_g, reset, (None, before, offsets.flatten(0, 1)), None, products.flatten(0, 1), group, summed)
+        _chain(offsets, products, None, dh_last, after, dh0, None, reverse=True)  # each segment's map, applied to what the next hands it
+        states = (after.flatten(0, 1), before, torch.empty_like(before))
     vectors = 1 + (decay.bias is not None) + (decay.context is not None)
     parts = torch.empty((vectors, batch * segments, channels), dtype=torch.float32, device=z.device)
     _backward(long, decay, ddecay, w_g, reset, states, parts, None, group, summed)
@@ -330,21 +339,3 @@ def states_before(h: Tensor, h0: Tensor | None, segments: int) -> Tensor:
     last = h[:, h.shape[1] // segments - 1 :: h.shape[1] // segments].float()
     first = torch.zeros_like(last[:, :1]) if h0 is None else h0.float().unsqueeze(1)
     return torch.cat([first, last[:, :-1]], dim=1).flatten(0, 1)
-
-
-def chained(offsets: Tensor, products: Tensor, dh_last: Tensor | None, dh0: Tensor, segments: int) -> Tensor:
-    """The adjoint behind each segment's last token, (B · S, D) fp32: each segment's map applied to what the next one hands it.
-
-    Args:
-        offsets, products: (B · S, D) fp32, of the maps `f → product f + offset`.
-        dh_last: (B, D), behind the sequence; None: nothing.
-        dh0: (B, D), gets what arrives before the first token.
-    """
-    offset, product = offsets.unflatten(0, (-1, segments)), products.unflatten(0, (-1, segments))
-    after = torch.empty_like(offset)
-    adjoint = torch.zeros_like(offset[:, 0]) if dh_last is None else dh_last.float()
-    for segment in reversed(range(segments)):
-        after[:, segment] = adjoint
-        adjoint = torch.addcmul(offset[:, segment], product[:, segment], adjoint)
-    dh0.copy_(adjoint)
-    return after.flatten(0, 1)
