@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 
-from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, step_numbers
+from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, step_numbers, step_seed
 from mmrec.ops.common import state_dtype
 from mmrec.ops.registration import runs_kernel
 
@@ -42,8 +42,8 @@ class FusedAdamW8bit(AdamW8bit):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbers: dict[tuple[int, float, torch.device], Tensor] = {}
-        seeds: dict[torch.device, Tensor] = {}
+        numbers: dict[tuple[int, int, torch.device], Tensor] = {}
+        seeds: dict[tuple[int, torch.device], Tensor] = {}
         salt = 0
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
@@ -54,19 +54,20 @@ class FusedAdamW8bit(AdamW8bit):
                 state["step"] += 1
                 weight, gradient = _local(parameter), _local(parameter.grad)
                 where = weight.device
-                key = (index, state["step"].item(), where)
+                number = int(state["step"].item())
+                key, occasion = (index, number, where), (number, where)
                 if key not in numbers:
                     rate = float(group["lr"])
-                    numbers[key] = step_numbers(rate, group["betas"], group["eps"], group["weight_decay"], int(key[1]), where)
-                if where not in seeds:
-                    seeds[where] = torch.randint(-(2**31), 2**31, (), dtype=torch.int32, device=where)
+                    numbers[key] = step_numbers(rate, group["betas"], group["eps"], group["weight_decay"], number, where)
+                if occasion not in seeds:
+                    seeds[occasion] = step_seed(number, where)
                 adamw_8bit_(
                     weight,
                     gradient,
                     _moment(state["exp_avg"]),
                     _moment(state["exp_avg_sq"]),
                     numbers[key],
-                    seeds[where],
+                    seeds[occasion],
                     salt=salt,
                     stochastic=self.bf16_stochastic_round,
                     gradient_scale=self.grad_scale,

@@ -1,5 +1,6 @@
 """AdamW with moments of 8 bits: the kernel against the map's own values, against float64, and what its rounding keeps."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from lightning_modules.gradients import clip_gradients
 from lightning_modules.optimizers import make_optimizer
 from mmrec.ops import launching
-from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, adamw_naive, dequantize_naive, quantize_naive, step_numbers
+from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, adamw_naive, dequantize_naive, quantize_naive, step_numbers, step_seed
 from mmrec.ops.adamw_8bit.kernels import step_kernel
 from mmrec.ops.adamw_8bit.naive import dynamic_map
 
@@ -115,6 +116,13 @@ def test_the_rounding_of_bf16_weights_keeps_the_mean(device: str) -> None:
     assert torch.equal(moved[0], moved[1])
     for other in moved[2:]:
         assert (moved[0] & other).float().mean() < 1e-3  # independent: one in ten thousand
+
+
+@pytest.mark.interpreted
+def test_every_step_has_a_seed_of_its_own() -> None:
+    seeds = [step_seed(number, torch.device("cpu")).item() for number in range(1, 20_000)]
+    assert len(set(seeds)) == len(seeds)
+    assert all((a ^ b) & 0xFF00FF00 for a, b in pairwise(seeds))
 
 
 @on_both

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmrec.ops.adamw_8bit.naive import BLOCK, adamw_naive, dequantize_naive, quantize_naive
 
-__all__ = ["BLOCK", "Moment", "adamw_8bit_", "adamw_naive", "dequantize_naive", "quantize_naive", "step_numbers"]
+__all__ = ["BLOCK", "Moment", "adamw_8bit_", "adamw_naive", "dequantize_naive", "quantize_naive", "step_numbers", "step_seed"]
 
 
 class Moment(NamedTuple):
@@ -29,7 +29,16 @@ def step_numbers(
     unbiased = (learning_rate / (1 - betas[0] ** step), (1 - betas[1] ** step) ** -0.5)
     # 1 − β here, in double precision: of a β near 1 fp32 leaves few digits to it.
     numbers = torch.tensor((1 - learning_rate * weight_decay, 1 - betas[0], 1 - betas[1], eps, *unbiased), dtype=torch.float32)
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers
+    return _on(device, numbers)
+
+
+def step_seed(step: int, device: torch.device) -> Tensor:
+    """The seed of a step's rounding, 0-dim int32 on `device`, which is not waited for: the same on all ranks, and after a resumption."""
+    return _on(device, torch.tensor(step * 0x61C88647 % 2**32 - 2**31, dtype=torch.int32))  # all steps apart: the factor is odd
+
+
+def _on(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 
 def adamw_8bit_(
@@ -54,7 +63,7 @@ def adamw_8bit_(
         gradient: of its shape, any float dtype; not changed.
         first, second: both of codes, or both of floats.
         numbers: from `step_numbers`.
-        seed: 0-dim int32 on the weight's device, a new random number for every step.
+        seed: 0-dim int32 on the weight's device, another for every step: `step_seed`'s.
         salt: what sets the random numbers of several weights of a step apart.
         stochastic: round a bf16 weight up or down by a chance that keeps the mean.
         gradient_scale: 0-dim fp32 on the device: the gradient is divided by it; None: by nothing.
