@@ -42,8 +42,7 @@ class FusedAdamW8bit(AdamW8bit):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        numbers: dict[tuple[int, int, torch.device], Tensor] = {}
-        seeds: dict[tuple[int, torch.device], Tensor] = {}
+        scalars: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
         salt = 0
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
@@ -54,20 +53,16 @@ class FusedAdamW8bit(AdamW8bit):
                 state["step"] += 1
                 weight, gradient = _local(parameter), _local(parameter.grad)
                 where = weight.device
-                number = int(state["step"].item())
-                key, occasion = (index, number, where), (number, where)
-                if key not in numbers:
-                    rate = float(group["lr"])
-                    numbers[key] = step_numbers(rate, group["betas"], group["eps"], group["weight_decay"], number, where)
-                if occasion not in seeds:
-                    seeds[occasion] = step_seed(number, where)
+                key = (index, int(state["step"].item()), where)
+                if key not in scalars:
+                    numbers = step_numbers(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"], *key[1:])
+                    scalars[key] = numbers, step_seed(*key[1:])
                 adamw_8bit_(
                     weight,
                     gradient,
                     _moment(state["exp_avg"]),
                     _moment(state["exp_avg_sq"]),
-                    numbers[key],
-                    seeds[occasion],
+                    *scalars[key],
                     salt=salt,
                     stochastic=self.bf16_stochastic_round,
                     gradient_scale=self.grad_scale,

@@ -178,11 +178,9 @@ def test_segments_side_by_side(setting: Setting, time: int, case: Case, given: s
 def test_long_sequences_of_few_channels_are_solved_by_newton(
     case: Case, setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmrec.ops.gated_scan import kernels_from_logits
-
     ran = []
-    newton = kernels_from_logits.newton_scan
-    monkeypatch.setattr(kernels_from_logits, "newton_scan", lambda *arguments: ran.append(True) or newton(*arguments))
+    newton = gated_kernels.newton_scan
+    monkeypatch.setattr(gated_kernels, "newton_scan", lambda *arguments: ran.append(True) or newton(*arguments))
     inputs, reset = case.draw(setting, time), case.reset(setting, time)
     with overridden(**({} if setting.device == "cuda" else small_tiles(min_time=1))):
         outputs, _ = gradients(case.op, inputs, reset)

@@ -1,6 +1,7 @@
 """Launchers of `gated_scan`'s kernels: which kernel, with which tiles, on which strides; with γ from its log or from logits."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -60,12 +61,24 @@ class Decay(NamedTuple):
 
 def launch_forward(z: Tensor, p: Tensor, log_gamma: Tensor, w_g: Tensor, h0: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D), contiguous in the dtype of `z`, and `h_last` (B, D) fp32."""
-    decay = Decay(log_gamma)
+    return fastest_scan(z, p, Decay(log_gamma), w_g, h0, reset, lambda: log_gamma)
+
+
+def fastest_scan(
+    z: Tensor,
+    p: Tensor,
+    decay: Decay,
+    w_g: Tensor,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    log_gamma: Callable[[], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """`launch_forward` with any kind of decay, in the form that suits the shape; `log_gamma` gives what Newton's method over time takes."""
     segments = forward_segments(z, p, decay, reset)
     if segments > 1:
         return segmented_scan(z, p, decay, w_g, h0, reset, segments)
     if newton_is_faster(z):
-        h, h_last, _ = newton_scan(z, p, log_gamma, w_g, h0, reset)
+        h, h_last, _ = newton_scan(z, p, log_gamma(), w_g, h0, reset)
         return h, h_last
     return sequential_scan(z, p, decay, w_g, h0, reset)
 

@@ -3,31 +3,20 @@
 from torch import Tensor
 
 from mmrec.ops.decay_log.kernels import launch_forward as launch_decay_log
-from mmrec.ops.gated_scan.kernels import (
-    Decay,
-    adjoint_scan,
-    forward_segments,
-    newton_is_faster,
-    newton_scan,
-    segmented_scan,
-    sequential_scan,
-)
+from mmrec.ops.gated_scan.kernels import Decay, adjoint_scan, fastest_scan
 from mmrec.ops.gated_scan.logits import Inputs
 
 
 def launch_forward(given: Inputs) -> tuple[Tensor, Tensor]:
     """`h` (B, T, D), contiguous in the dtype of `z`, and `h_last` (B, D) fp32."""
-    decay = Decay(*given.gates(), given.low, given.high)
-    segments = forward_segments(given.z, given.p, decay, given.reset)
-    if segments > 1:
-        return segmented_scan(given.z, given.p, decay, given.w_g, given.h0, given.reset, segments)
-    if newton_is_faster(given.z):
-        # It goes over its tiles several times, for few channels: there a pass over log γ is not what takes the time.
+
+    def log_gamma() -> Tensor:
+        # Newton's method goes over its tiles several times, for few channels: there a pass over log γ is not what takes the time.
         of_context = None if given.context_bias is None else given.context_bias.contiguous()
-        log_gamma = launch_decay_log(given.logits, given.bias.contiguous(), given.context, of_context, given.low, given.high)
-        h, h_last, _ = newton_scan(given.z, given.p, log_gamma, given.w_g, given.h0, given.reset)
-        return h, h_last
-    return sequential_scan(given.z, given.p, decay, given.w_g, given.h0, given.reset)
+        return launch_decay_log(given.logits, given.bias.contiguous(), given.context, of_context, given.low, given.high)
+
+    decay = Decay(*given.gates(), given.low, given.high)
+    return fastest_scan(given.z, given.p, decay, given.w_g, given.h0, given.reset, log_gamma)
 
 
 def launch_backward(
