@@ -28,9 +28,9 @@ class _Captured(NamedTuple):
 class GraphedStep:
     """Forward and backward of a network's training loss, replayed.
 
-    The gradients of the first micro-batch of a step replace those of the last step, later ones are added: nobody else may clear or
-    replace `.grad`. While a shape is captured, no other loss of these parameters may be alive with its autograd graph: its nodes belong
-    to another stream.
+    The gradients of the first micro-batch of a step replace those of the last step, later ones are added. Between steps others may clear
+    or replace `.grad`, between micro-batches they may not. While a shape is captured, no other loss of these parameters may be alive with
+    its autograd graph: its nodes belong to another stream.
 
     Args:
         network: its parameters keep their memory for as long as this lives.
@@ -60,6 +60,8 @@ class GraphedStep:
         given = {name: batch[name] for name in _NAMES if name in batch}
         key = (first, scale, *((name, tensor.shape, tensor.dtype) for name, tensor in given.items()))
         self._lambda_P.fill_(self.network.lambda_P)
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient  # Lightning sets it to None before every validation; an optimiser would then skip the parameter
         captured = self._captured.get(key)
         if captured is None and self._seen.get(key, 0) < WARMUP:
             self._seen[key] = self._seen.get(key, 0) + 1

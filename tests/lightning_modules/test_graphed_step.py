@@ -72,14 +72,33 @@ def test_replayed_gradients_are_those_of_autograd(micro_batches: int, fields: di
 
 
 @pytest.mark.gpu
-def test_training_with_a_graph_ends_where_training_without_does(tmp_path: Path, stubs: ModuleType) -> None:
+def test_gradients_that_others_cleared_are_there_again() -> None:
+    torch.manual_seed(0)
+    network = MMRecModel(vocab_size=50, model_dim=64, num_layers=1, num_heads=1, use_uboo=False).to("cuda")
+    step = GraphedStep(network)
+    for index, length in enumerate([16, 16, 16, 16, 24, 16]):  # captured at the third; the fifth, of another length, runs without
+        network.zero_grad()
+        one = batch(length, index, False, "cuda")
+        step.run(one, True, 1.0)
+        _, _, expected = of_autograd(network, one, 1.0)
+        for parameter, gradient in zip(network.parameters(), expected, strict=True):
+            if gradient is not None:
+                assert parameter.grad is not None
+                assert_same(parameter.grad, gradient, limit=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("validated", [False, True])
+def test_training_with_a_graph_ends_where_training_without_does(tmp_path: Path, stubs: ModuleType, validated: bool) -> None:
+    """Also where it is validated in between: Lightning clears the gradients then."""
     ends = []
     for cuda_graph in (False, True):
         module = stubs.make_module({"use_uboo": True}, cuda_graph=cuda_graph)
-        options = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 8, "accumulate_grad_batches": 2, "limit_val_batches": 0}
+        options = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 8, "accumulate_grad_batches": 2}
+        options |= {"limit_val_batches": int(validated)} | ({"val_check_interval": 6} if validated else {})
         trainer = stubs.make_trainer(tmp_path / str(cuda_graph), [], **options)
         batches = [stubs.make_batch(list(range(4 * index, 4 * index + 4))) for index in range(16)]
-        trainer.fit(module, DataLoader(batches, batch_size=None))
+        trainer.fit(module, *(DataLoader(part, batch_size=None) for part in (batches, batches[:1])))
         assert trainer.global_step == 8
         assert module._graphed is None
         ends.append([p.detach().cpu() for p in module.parameters()])
