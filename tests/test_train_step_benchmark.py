@@ -153,7 +153,7 @@ def test_what_the_table_asks_for(train_step: ModuleType) -> None:
         with torch.device("meta"):
             return MMRecModel(MMRecConfig(**cases[name].settings()["network"])).num_parameters() / 1e6
 
-    assert parameters("370m") == pytest.approx(369, rel=0.005)
+    assert parameters("370m") == pytest.approx(368, rel=0.005)
     assert parameters("1b3") == pytest.approx(1270, rel=0.005)
     assert parameters("7b_8bit") == pytest.approx(6600, rel=0.01)
     for name in ("7b_8bit", "7b_bf16"):

@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.Monkey
     free = int(0.8 * device_memory.needed_bytes(benchmark_options.read_settings(parser, asked)))
     monkeypatch.setattr(device_memory, "free_bytes", lambda where: free)
     message = one_line_error(real_benchmark, capsys, *asked)
-    assert message.startswith("error: 20 layers of width 1024 at B 16, T 512 in fp32 need about ")
+    assert message.startswith("error: 9 layers of width 1536 at B 16, T 512 in fp32 need about ")
     assert f"cpu has {free / 2**30:.2f} GiB free; these would fit: " in message
     options = message.partition("these would fit: ")[2].split(", ")
     assert [option.split()[0] for option in options] == ["--batch", "--seq-len", "--num-layers", "--only", "--size"]
@@ -238,7 +238,7 @@ def test_bad_options_end_with_exit_code_2(options: list[str], said: str, capsys:
 def test_sizes_are_those_of_the_shipped_configs() -> None:
     parser = benchmark_options.build_parser("x", "", "x.json")
     settings = benchmark_options.read_settings(parser, ["--device", "cpu", "--size", "370m"])
-    assert (settings.config.model_dim, settings.config.num_layers, settings.config.ffn_width) == (1024, 20, 2736)
+    assert (settings.config.model_dim, settings.config.num_layers, settings.config.ffn_width) == (1536, 9, 3584)
     assert settings.config.use_uboo is False
     wider = benchmark_options.read_settings(parser, ["--device", "cpu", "--size", "370m", "--model-dim", "512"])
     assert wider.config.ffn_width == 1280  # the rule's, not the preset's

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mmrec.ops.gated_scan.kernels_adjoint_map import adjoint_map_kernel
 from mmrec.ops.gated_scan.kernels_backward import backward_kernel
 from mmrec.ops.gated_scan.kernels_chain import chain_kernel
 from mmrec.ops.gated_scan.kernels_forward import sequential_kernel
@@ -19,9 +20,11 @@ from mmrec.ops.tuning import channel_class, launch_options
 
 # Channels of all sequences that fill a GPU, and segments below which the backward of a long sequence is not cut: its maps read 12 of the 20
 # bytes once more that it moves.
-CHANNELS, WORTH = 16384, 16
+CHANNELS, WORTH = 24576, 16
 WORTH_FORWARD = 4  # the same of the forward, whose passes are two instead of one
-_TOLERANCE = 4e-6  # of a state between segments, relative to the channel's largest: rounding leaves some 1e-6 after thousands of tokens
+# Of a state between segments, relative to the channel's largest. In fp32 rounding leaves some 1e-6 after thousands of tokens; states that
+# are stored in 16 bits lose 2e-3 or 2e-4 by it, and hand on a fortieth or a fourth part of that.
+_TOLERANCE, _TOLERANCE_16_BITS = 4e-6, 5e-5
 _CHAINED = 64  # channels of a program of `chain_kernel`
 
 
@@ -115,6 +118,7 @@ def segmented_scan(
     """
     batch, _, channels = z.shape
     h, h_last = _outputs(z)
+    tolerance = _TOLERANCE if z.element_size() > 2 else _TOLERANCE_16_BITS
     used = torch.zeros((batch, segments, channels), dtype=torch.float32, device=z.device)
     if h0 is not None:
         used[:, 0] = h0
@@ -125,7 +129,7 @@ def segmented_scan(
     for index, states in enumerate((None, cut(h, segments), cut(h, segments))):
         needed = wanted if index == 2 else None
         _sequential(*long, used.flatten(0, 1), new, states, left.flatten(0, 1), product.flatten(0, 1), needed, segments)
-        _chain(left, product, used, h0, starts, h_last, wanted, every=index < 2)
+        _chain(left, product, used, h0, starts, h_last, wanted, tolerance, every=index < 2)
         used, starts = starts, used
     _sequential(z, p, decay, w_g, h0, reset, h, h_last, None, wanted)
     return h, h_last
@@ -139,6 +143,7 @@ def _chain(
     starts: Tensor,
     last: Tensor,
     wanted: Tensor | None,
+    tolerance: float = 0.0,
     every: bool = True,
     reverse: bool = False,
 ) -> None:
@@ -147,10 +152,10 @@ def _chain(
     def prepare() -> Call:
         batch, segments, channels = left.shape
         numbers = (segments, channels, *strides(first, 2), *last.stride())
-        named = {"ALL": every, "REVERSE": reverse, "TOLERANCE": _TOLERANCE, "BD": _CHAINED, "num_warps": 1}
+        named = {"ALL": every, "REVERSE": reverse, "TOLERANCE": tolerance, "BD": _CHAINED, "num_warps": 1}
         return Call((batch * blocks(channels, _CHAINED),), numbers, named)
 
-    launch(chain_kernel, (left, product, used, first, starts, last, wanted), prepare, every, reverse)
+    launch(chain_kernel, (left, product, used, first, starts, last, wanted), prepare, tolerance, every, reverse)
 
 
 def _sequential(
@@ -282,17 +287,51 @@ def adjoint_scan(
         decay, ddecay = decay.in_segments(segments), ddecay.in_segments(segments)
         reset = None if reset is None else cut(reset, segments)
         offsets, products, after = (torch.empty((batch, segments, channels), dtype=torch.float32, device=z.device) for _ in range(3))
-        _backward(long, decay, ddecay, w_g, reset, (None, before, offsets.flatten(0, 1)), None, products.flatten(0, 1), group, summed)
+        _adjoint_maps(*long[:4], decay, w_g, before, reset, offsets, products, group)
         _chain(offsets, products, None, dh_last, after, dh0, None, reverse=True)  # each segment's map, applied to what the next hands it
         states = (after.flatten(0, 1), before, torch.empty_like(before))
     vectors = 1 + (decay.bias is not None) + (decay.context is not None)
     parts = torch.empty((vectors, batch * segments, channels), dtype=torch.float32, device=z.device)
-    _backward(long, decay, ddecay, w_g, reset, states, parts, None, group, summed)
+    _backward(long, decay, ddecay, w_g, reset, states, parts, group, summed)
     if not in_kernel:
         dp.copy_(dp_parts.unflatten(-1, (p.shape[-1], -1)).sum(-1))
     add_parts(parts[0], dw_g)
     if ddecay.bias is not None:
         add_parts(parts[1] if ddecay.context_bias is None else parts[1:], ddecay.bias, ddecay.context_bias)
+
+
+def _adjoint_maps(
+    dh: Tensor,
+    h: Tensor,
+    z: Tensor,
+    p: Tensor,
+    decay: Decay,
+    w_g: Tensor,
+    before: Tensor,
+    reset: Tensor | None,
+    offsets: Tensor,
+    products: Tensor,
+    group: int,
+) -> None:
+    """See `adjoint_map_kernel`; its loop is the forward's, and so are its tiles."""
+
+    def prepare() -> Call:
+        batch, time, channels = z.shape
+        options = launch_options(decay.row("forward"), channel_class(batch, channels), z.device)
+        _check_rows(1 << options["LEVELS"], dh, h, z, p, decay.values, decay.context)
+        inputs = (*dh.stride(), *h.stride(), *z.stride(), *p.stride(), *decay.values.stride(), w_g.stride(0), *strides(reset, 2))
+        numbers = (time, channels, group, *inputs, *_gate_strides(decay), *decay.bounds())
+        flags = {"HAS_RESET": reset is not None, "INTERPRETED": INTERPRETED}
+        return Call((batch * blocks(channels, options["BD"]),), numbers, flags | decay.flags() | options)
+
+    gates = (decay.bias, decay.context, decay.context_bias)
+    launch(
+        adjoint_map_kernel,
+        (dh, h, z, p, decay.values, w_g, before, reset, *gates, offsets, products),
+        prepare,
+        decay.low,
+        decay.high,
+    )
 
 
 def _backward(
@@ -302,15 +341,11 @@ def _backward(
     w_g: Tensor,
     reset: Tensor | None,
     states: tuple[Tensor | None, Tensor | None, Tensor],
-    parts: Tensor | None,
-    products: Tensor | None,
+    parts: Tensor,
     group: int,
     summed: int,
 ) -> None:
-    """One launch; with `products` only the map from the adjoint behind the last token to the one before the first, and no `parts`.
-
-    `parts`: (1 to 3, B, D) fp32, of the gradients to `w_g` and to the gates' biases.
-    """
+    """One launch of `backward_kernel`; `parts`: (1 to 3, B, D) fp32, of the gradients to `w_g` and to the gates' biases."""
     dh, h, z, p, dz, dp_parts = long
     dh_last, h0, dh0 = states
     batch, time, channels = z.shape
@@ -327,17 +362,16 @@ def _backward(
             "HAS_DH_LAST": dh_last is not None,
             "HAS_H0": h0 is not None,
             "HAS_RESET": reset is not None,
-            "SUMMARY": products is not None,
             "INTERPRETED": INTERPRETED,
         }
         numbers = (time, channels, group, *inputs, *carried, *outputs, *of_gates)
         return Call((batch * blocks(channels, options["BD"]),), numbers, flags | decay.flags() | options)
 
-    dw_g_parts, dbias_parts, dcontext_bias_parts = (None, None, None) if parts is None else (*parts, None, None)[:3]
+    dw_g_parts, dbias_parts, dcontext_bias_parts = (*parts, None, None)[:3]
     launch(
         backward_kernel,
         (
-            *(dh, dh_last, h, z, p, decay.values, w_g, h0, reset, dz, dp_parts, ddecay.values, dw_g_parts, dh0, products),
+            *(dh, dh_last, h, z, p, decay.values, w_g, h0, reset, dz, dp_parts, ddecay.values, dw_g_parts, dh0),
             *(decay.bias, decay.context, decay.context_bias, ddecay.context, dbias_parts, dcontext_bias_parts),
         ),
         prepare,

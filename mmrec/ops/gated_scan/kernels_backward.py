@@ -23,7 +23,6 @@ def backward_kernel(
     ddecay_ptr,
     dw_g_ptr,
     dh0_ptr,
-    product_ptr,
     bias_ptr,
     context_ptr,
     context_bias_ptr,
@@ -86,7 +85,6 @@ def backward_kernel(
     HAS_DH_LAST: tl.constexpr,
     HAS_H0: tl.constexpr,
     HAS_RESET: tl.constexpr,
-    SUMMARY: tl.constexpr,
     LOGITS: tl.constexpr,
     HAS_CONTEXT: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -97,7 +95,6 @@ def backward_kernel(
     with the true f. `dp` is summed over SUMMED neighbouring channels, `dw_g` over time.
     `decay` holds log γ; with LOGITS the first gate's logits and `ddecay` gets their gradient, and so do `context` and `dcontext` with
     HAS_CONTEXT; the biases' are summed over time like `dw`.
-    SUMMARY: only the map from f behind the last token to f before the first, its offset to `dh0`, its factor to `product`, (B, D) fp32.
     """
     stripes = tl.cdiv(D, BD)
     batch = (tl.program_id(0) // stripes).to(tl.int64)
@@ -141,7 +138,6 @@ def backward_kernel(
     if HAS_H0:
         initial = tl.load(h0_ptr + batch * h0_stride_B + channel * h0_stride_D, mask=channel < D, other=0.0).to(tl.float32)
     dw = tl.zeros([R, BD], tl.float32)
-    product = tl.full([BD], 1.0, tl.float32)
 
     for start in tl.range(0, T, R * G, num_stages=STAGES):
         bits = 0
@@ -195,34 +191,30 @@ def backward_kernel(
             f = jacobian * (dh + f)
             a = jacobian * a
         before_a, before_f = maps_before(a, f)
-        if SUMMARY:
-            product *= last_group(a * before_a, R)
-            f = a * (before_a * carry[None, :] + before_f) + f
-        else:
-            f = before_a * carry[None, :] + before_f
-            for j in tl.static_range(G):
-                s = row + j
-                valid = (start + s < T) & inside
-                g = dhs[j] + f
-                dz = g * writes[j]
-                tl.store(dz_base - s * dz_stride_T, dz.to(dz_ptr.dtype.element_ty), mask=valid)
-                ddecay = g * decays[j]
-                tl.store(ddecay_base - s * ddecay_stride_T, ddecay.to(ddecay_ptr.dtype.element_ty), mask=valid)
-                if LOGITS:
-                    dbias += ddecay
-                if HAS_CONTEXT:
-                    dcontext = g * contexts[j]
-                    tl.store(dcontext_base - s * dcontext_stride_T, dcontext.to(dcontext_ptr.dtype.element_ty), mask=valid)
-                    dcontext_bias += dcontext
-                dgate = g * slopes[j]
-                dw += dgate * previous[j]
-                dp_rows = dp_base - s * dp_stride_T
-                if SUMMED == 1:
-                    tl.store(dp_rows, dgate.to(dp_ptr.dtype.element_ty), mask=valid)
-                else:
-                    dp = tl.sum(tl.reshape(dgate, [R, BD // SUMMED, SUMMED]), axis=2)
-                    tl.store(dp_rows, dp.to(dp_ptr.dtype.element_ty), mask=(start + s < T) & summed_inside)
-                f = jacobians[j] * g
+        f = before_a * carry[None, :] + before_f
+        for j in tl.static_range(G):
+            s = row + j
+            valid = (start + s < T) & inside
+            g = dhs[j] + f
+            dz = g * writes[j]
+            tl.store(dz_base - s * dz_stride_T, dz.to(dz_ptr.dtype.element_ty), mask=valid)
+            ddecay = g * decays[j]
+            tl.store(ddecay_base - s * ddecay_stride_T, ddecay.to(ddecay_ptr.dtype.element_ty), mask=valid)
+            if LOGITS:
+                dbias += ddecay
+            if HAS_CONTEXT:
+                dcontext = g * contexts[j]
+                tl.store(dcontext_base - s * dcontext_stride_T, dcontext.to(dcontext_ptr.dtype.element_ty), mask=valid)
+                dcontext_bias += dcontext
+            dgate = g * slopes[j]
+            dw += dgate * previous[j]
+            dp_rows = dp_base - s * dp_stride_T
+            if SUMMED == 1:
+                tl.store(dp_rows, dgate.to(dp_ptr.dtype.element_ty), mask=valid)
+            else:
+                dp = tl.sum(tl.reshape(dgate, [R, BD // SUMMED, SUMMED]), axis=2)
+                tl.store(dp_rows, dp.to(dp_ptr.dtype.element_ty), mask=(start + s < T) & summed_inside)
+            f = jacobians[j] * g
         carry = last_group(f, R)
         dh_base -= R * G * dh_stride_T
         h_base -= R * G * h_stride_T
@@ -236,12 +228,9 @@ def backward_kernel(
         ddecay_base -= R * G * ddecay_stride_T
         dp_base -= R * G * dp_stride_T
 
-    if SUMMARY:
-        tl.store(product_ptr + batch * D + channel, product, mask=channel < D)
-    else:
-        tl.store(dw_g_ptr + batch * D + channel, tl.sum(dw, axis=0), mask=channel < D)
-        if LOGITS:
-            tl.store(dbias_ptr + batch * D + channel, tl.sum(dbias, axis=0), mask=channel < D)
-        if HAS_CONTEXT:
-            tl.store(dcontext_bias_ptr + batch * D + channel, tl.sum(dcontext_bias, axis=0), mask=channel < D)
+    tl.store(dw_g_ptr + batch * D + channel, tl.sum(dw, axis=0), mask=channel < D)
+    if LOGITS:
+        tl.store(dbias_ptr + batch * D + channel, tl.sum(dbias, axis=0), mask=channel < D)
+    if HAS_CONTEXT:
+        tl.store(dcontext_bias_ptr + batch * D + channel, tl.sum(dcontext_bias, axis=0), mask=channel < D)
     tl.store(dh0_ptr + batch * dh0_stride_B + channel * dh0_stride_D, carry.to(dh0_ptr.dtype.element_ty), mask=channel < D)
