@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 FILLING = 1 << 20  # channels: as many segments as the length allows
 cases = pytest.mark.parametrize("case", [GATED, ONE_GATE, GATED_LOGITS], ids=["log γ", "one gate", "two gates"])
 SHORT = [(INTERPRETED, 40), (INTERPRETED.resized(B=1, P=12), 56), (INTERPRETED_LOW[0], 40)]
-LONG = [(GPU.resized(B=1, D=96, P=48), 16384), (GPU_LOW[0].resized(B=2), 8192)]
+LONG = [(GPU.resized(B=1, D=96, P=48), 16384), (GPU_LOW[0].resized(B=2), 16384)]
 
 
 def in_segments(
@@ -45,6 +45,7 @@ def in_segments(
             wanted.append(arguments[6].clone())
 
     monkeypatch.setattr(kernels, "_chain", noted)
+    monkeypatch.setattr(kernels, "WORTH", 4)
     if setting.device == "cpu":
         monkeypatch.setattr(segments, "LEAST", 9)
         options = small_tiles(channels=FILLING)
@@ -98,6 +99,18 @@ def test_channels_that_need_more(setting: Setting, time: int, strength: float, l
         assert_same(actual, expected, limit=1e-4)
 
 
+@in_settings([(INTERPRETED_LOW[0], 40), (INTERPRETED_LOW[1], 40), LONG[1]])
+def test_states_in_16_bits_are_handed_on_to_more_digits(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steep gates and slow decays again: the third pass runs, and the last state is that of the rounded inputs."""
+    inputs = GATED.draw(setting, time, "near 1")
+    inputs["w_g"] *= 3.0
+    inputs["z"] *= 1e3
+    (_, last), wanted = in_segments(scan(GATED, inputs, None), setting, monkeypatch)
+    assert wanted[0].count_nonzero() > 0
+    _, expected = GATED.op(**in_float64(inputs))
+    assert_same(last, expected, limit=1e-4)
+
+
 @in_settings([(INTERPRETED, 40), LONG[0]])
 def test_a_channel_that_is_not_finite_leaves_the_others_alone(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = GATED.draw(setting, time)
@@ -131,6 +144,7 @@ def test_gradients_of_what_came_out(setting: Setting, time: int, case: Case, mon
 @in_settings([(INTERPRETED, 40)])
 def test_views_that_cannot_be_cut_are_not(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(segments, "LEAST", 9)
+    monkeypatch.setattr(kernels, "WORTH", 4)
     monkeypatch.setattr(kernels, "segmented_scan", lambda *_: pytest.fail("cut"))
     inputs = GATED.draw(setting, time)
     z = inputs["z"]

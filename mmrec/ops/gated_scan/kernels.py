@@ -18,12 +18,10 @@ from mmrec.ops.segments import count, cut
 from mmrec.ops.sums import add_parts
 from mmrec.ops.tuning import channel_class, launch_options
 
-# Channels of all sequences that fill a GPU, and segments below which the backward of a long sequence is not cut: its maps read 12 of the 20
-# bytes once more that it moves.
+# Channels of all sequences that fill a GPU, and segments below which a long sequence is not cut: its inputs are read once or twice more.
 CHANNELS, WORTH = 24576, 16
-WORTH_FORWARD = 4  # the same of the forward, whose passes are two instead of one
-# Of a state between segments, relative to the channel's largest. In fp32 rounding leaves some 1e-6 after thousands of tokens; states that
-# are stored in 16 bits lose 2e-3 or 2e-4 by it, and hand on a fortieth or a fourth part of that.
+# Of a state between segments, relative to the channel's largest. In fp32 rounding leaves some 1e-6 after thousands of tokens; 5e-5 is a
+# fortieth of what bf16 rounds stored states by, 2⁻⁹, and a fifth of fp16's 2⁻¹².
 _TOLERANCE, _TOLERANCE_16_BITS = 4e-6, 5e-5
 _CHAINED = 64  # channels of a program of `chain_kernel`
 
@@ -90,7 +88,7 @@ def forward_segments(z: Tensor, p: Tensor, decay: Decay, reset: Tensor | None) -
     """Into how many segments the forward of long sequences of few channels is cut; 1: it is not."""
     batch, time, channels = z.shape
     filling = launch_options("gated_scan.forward_segments", "choice", z.device)["channels"]
-    return count(time, batch * channels, filling, WORTH_FORWARD, (z, p, decay.values, decay.context, reset))
+    return count(time, batch * channels, filling, WORTH, (z, p, decay.values, decay.context, reset))
 
 
 def newton_is_faster(z: Tensor) -> bool:

@@ -16,7 +16,7 @@ def adjoint_map_kernel(
     p_ptr,
     decay_ptr,
     w_g_ptr,
-    h0_ptr,
+    before_ptr,
     reset_ptr,
     bias_ptr,
     context_ptr,
@@ -64,8 +64,8 @@ def adjoint_map_kernel(
     """One program: BD channels of one segment, a tile of 2^LEVELS tokens after the other.
 
     The adjoint before the first token, f_0 = J_1 (dh_1 + J_2 (dh_2 + …)), is Σ_t P_t dh_t + P_T f_T with P_t = J_1 … J_t: both sums
-    run forwards in time, beside each other, and nothing has to be scanned. `offset`, `product` and `h0`, the state before the first
-    token, are (B, D), contiguous fp32.
+    run forwards in time, beside each other, and nothing has to be scanned. `offset`, `product` and `before`, the state before the
+    first token, are (B, D), contiguous fp32.
     """
     ROWS: tl.constexpr = 1 << LEVELS
     stripes = tl.cdiv(D, BD)
@@ -90,7 +90,7 @@ def adjoint_map_kernel(
         biases = (biases[0], context_bias)
     if HAS_RESET:
         reset_row = reset_ptr + batch * reset_stride_B
-    previous = tl.load(h0_ptr + batch * D + channel, mask=inside, other=0.0)
+    previous = tl.load(before_ptr + batch * D + channel, mask=inside, other=0.0)
     offset = tl.zeros([BD], tl.float32)
     product = tl.full([BD], 1.0, tl.float32)
 
