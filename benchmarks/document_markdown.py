@@ -1,5 +1,6 @@
 """Tables in Markdown: cells, captions, and the register of the functions that make them."""
 
+import re
 from collections.abc import Callable, Sequence
 
 from document_sources import Measured, Results, Row, Source, values
@@ -85,7 +86,8 @@ def measured_caption(measured: Measured, rows: Sequence[Row], command: str | Seq
     other = stands_in and ASKED_FOR not in told["gpu"]
     instead = f"; it stands in for the {ASKED_FOR} 80 GB that the founding document asks for" if other else ""
     commands = values(rows, "command") or ([command] if isinstance(command, str) else command)
-    written = ", ".join(f"`{one}`" for one in commands)
+    # Wherever it was written to then, `make docs` reads it here.
+    written = ", ".join("`" + re.sub(r"--output \S+", f"--output benchmarks/results/{measured.path.name}", one) + "`" for one in commands)
     return f"{place}{instead}. [{measured.path.name}](../benchmarks/results/{measured.path.name}), written by {written}."
 
 

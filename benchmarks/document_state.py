@@ -89,8 +89,7 @@ def hoped_and_measured(results: Results) -> str:
         measured = ", ".join(f"{arm} {percent(points)}" for arm, points in told) or UNKNOWN
         reached = ", ".join(f"{arm} {'yes' if points <= limit else 'no'}" for arm, points in told) or UNKNOWN
         lines.append([f"UBÖO: {title}", METRICS[metric][1], measured, reached])
-    words, points = added_memory(results)
-    lines.append(["UBÖO: memory of a training step at 7B", "+8 … +10 % (1.5 … 2 GB)", words, _reached(points, 10)])
+    lines.append(["UBÖO: peak memory of forward and backward at 7B", "+8 … +10 % (1.5 … 2 GB)", *added_memory(results)])
     missing = [captioned("", owed_caption(source)) for source, found in ((HEM, hem), (STUDY, study)) if found is None]
     body = markdown(("expectation", "hoped for", "measured", "reached"), lines, words=(0, 3))
     machines = captioned("", f"HEM: {hem.rows[0].get('gpu')}, {hem.date}; each with its conditions in section 1.") if hem else ""

@@ -11,6 +11,7 @@ UBOO_7B = ("7b_planning", "7b_planning_compiled")  # cases: the first that was m
 D, LAYERS, BF16 = 4096, 24, 2
 PREDICTED_WEIGHTS = LAYERS * 2 * D * D * BF16
 PREDICTED_ACTIVATIONS = 268.44e6
+HOPED_SHARE, HOPED_BYTES = 10, 2e9  # its hope at the most: percent of the peak, and bytes
 GIB = 2**30
 
 
@@ -144,11 +145,14 @@ def _peers(row: Row) -> str:
     return ", ".join(f"{name} {cell(value, ',.0f')}" for name, value in peers.items() if isinstance(value, int | float)) or UNKNOWN
 
 
-def added_memory(results: Results) -> tuple[str, float | None]:
-    """UBÖO's share of the peak, for the summary: in words, and in percent."""
+def added_memory(results: Results) -> tuple[str, str]:
+    """UBÖO's share of the peak, for the summary: in words, and whether it is no more than was hoped for."""
     measured = results.of(TRAINING)
     off, on = uboo_rows(measured.rows) if measured else ({}, {})
     before, after = off.get("peak_gib"), on.get("peak_gib")
     if before is None or after is None:
-        return UNKNOWN, None
-    return f"{change(before, after)} ({after - before:.2f} GiB)", 100 * (after / before - 1)
+        return UNKNOWN, UNKNOWN
+    share, added = 100 * (after / before - 1), after - before
+    answers = ["no" if missed else "yes" for missed in (round(share, 1) > HOPED_SHARE, added * 2**30 > HOPED_BYTES)]
+    reached = answers[0] if len(set(answers)) == 1 else f"in percent {answers[0]}, in bytes {answers[1]}"
+    return f"{change(before, after)} ({added:.2f} GiB)", reached

@@ -247,7 +247,10 @@ def test_training_decoding_and_the_study_are_filled(document: ModuleType, tmp_pa
     assert "| Weights, GiB | 1.50 | 12.30 | 13.80 | +1.50 | +12.2 % |" in made
     assert "| Activations, GiB | 0.25 | 40.00 | 41.00 | +1.00 | +2.5 % |" in made
     assert "nothing recomputed, to 24 layers, in a straight line from 2 and 6. Measured on NVIDIA H100" in made
-    assert "| UBÖO: memory of a training step at 7B | +8 … +10 % (1.5 … 2 GB) | +10.0 % (7.00 GiB) | yes |" in made
+    assert (
+        "| UBÖO: peak memory of forward and backward at 7B | +8 … +10 % (1.5 … 2 GB) | +10.0 % (7.00 GiB) | in percent yes, in bytes no |"
+        in made
+    )
     assert "*One sequence, 1 to 1,000,000 tokens read: the slowest token takes 2.0 % more than the fastest.*" in made
     assert "*Logits against an fp32 copy's, 1 settings: 0 missed.*" in made
     assert "| decode | fused | L 24, D 4096, H 32 | – | 1 | 1,000,000 | – | 5.000 | 4.400 | 88 % | – | – |" in made
@@ -279,8 +282,9 @@ def test_a_graph_and_a_setting_are_told(document: ModuleType, tmp_path: Path) ->
     )
     assert "| bf16-mixed, CUDA graph |" in made
     assert "| 8.9600 (25) |" in made
-    given = eager | {"command": "python benchmarks/train_step.py --only 370m_eager --profile"}
-    assert "written by `python benchmarks/train_step.py --only 370m_eager --profile`." in written(
+    given = eager | {"command": "python benchmarks/train_step.py --only 370m_eager --output rows.json --profile"}
+    output = "--output benchmarks/results/train_step_h100.json"
+    assert f"written by `python benchmarks/train_step.py --only 370m_eager {output} --profile`." in written(
         document, tmp_path, train_step_h100=[given]
     )
 
