@@ -101,7 +101,7 @@ def test_channels_that_need_more(setting: Setting, time: int, strength: float, l
 
 @in_settings([(INTERPRETED_LOW[0], 40), (INTERPRETED_LOW[1], 40), LONG[1]])
 def test_states_in_16_bits_are_handed_on_to_more_digits(setting: Setting, time: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gates of ordinary slope and slow decays: what the second pass starts from is off by less than the 16 bits would show, and is mended."""
+    """Gates of ordinary slope and slow decays: what the second pass starts from is off by less than 16 bits show, and is mended."""
     inputs = GATED.draw(setting, time, "near 1")
     inputs["z"] *= 10
     (_, last), wanted = in_segments(scan(GATED, inputs, None), setting, monkeypatch)
