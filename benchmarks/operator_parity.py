@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from gated_shadow import along_its_states
 from operator_cases import OPERATORS, Shape, Timing, channel_slice, draw, in_float64, name_of, run, slices
-from processes import map_in_processes
+from mmrec.measuring.processes import map_in_processes
 from torch import Tensor
 
 from mmrec.measuring.failures import Failure

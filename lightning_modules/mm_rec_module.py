@@ -73,6 +73,10 @@ class MMRecLightningModule(LightningModule):
         tokens_seen: input tokens of all ranks, as of the latest logged step or checkpoint.
     """
 
+    # What is trained; a subclass may train another network that answers to the same calls.
+    config_class: Any = MMRecConfig
+    network_class: Any = MMRecModel
+
     def __init__(
         self,
         network: MMRecConfig,
@@ -116,7 +120,7 @@ class MMRecLightningModule(LightningModule):
         """
         super().__init__()
         if isinstance(network, Mapping):  # from a checkpoint, where the configuration lies as a plain dict
-            network = MMRecConfig(**network)
+            network = self.config_class(**network)
         # Plain types only: a dataclass in a checkpoint cannot be loaded with weights_only=True.
         hparams = {
             "network": asdict(network),
@@ -139,7 +143,7 @@ class MMRecLightningModule(LightningModule):
         check_hyperparameters(hparams)
         self.save_hyperparameters(hparams)
         self.config = network
-        self.network = MMRecModel(network)
+        self.network = self.network_class(network)
         self.last_loss: LossOutput | None = None
         self.last_step_loss: Tensor | None = None
         self.step_losses: StepLosses | None = None

@@ -61,6 +61,9 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     stem = given.stem if given.suffix in SUFFIXES else given.name
     if given.name == name and stem in shipped:
         return shipped[stem]
+    overlay = shipped_config_folder() / given.with_suffix(SUFFIXES[0])  # ablation/NAME, baselines/NAME
+    if not given.is_absolute() and ".." not in given.parts and overlay.is_file():
+        return overlay
     if given.is_dir():
         raise IsADirectoryError(f"config {name} is a folder, not a YAML file")
     hint = did_you_mean(nearest_name(stem, shipped, cutoff=0.6)) or "."

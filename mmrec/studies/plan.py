@@ -1,0 +1,158 @@
+"""The studies: which runs each is made of."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from mmrec.commandline.configs import SUFFIXES, shipped_config_folder
+from mmrec.commandline.errors import BadInputError
+from mmrec.studies.runs import Run, assemble
+
+DEFAULT = "mm-rec"  # the arm without an overlay
+BASELINES = {"transformer++": "baselines/transformer", "gated-deltanet": "baselines/gated-deltanet", "gla": "baselines/gla"}
+SIZES = ("35m", "120m")
+PROTOCOL_ARMS = (DEFAULT, "uboo_mse", "uboo_normalized")
+
+
+def overlays(prefix: str = "") -> tuple[str, ...]:
+    """Names of the shipped overlays of `ablation/` that begin with `prefix`."""
+    return tuple(sorted(path.stem for path in (shipped_config_folder() / "ablation").glob(f"{prefix}*.yaml")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """A set of runs: every arm with every learning rate and every seed.
+
+    Attributes:
+        name: as rows have it.
+        what: one line for the help.
+        arms: `mm-rec`, a baseline, or overlays of `ablation/` by name or path, several joined by `+`.
+        size: which of the two networks.
+        steps: optimiser steps; None: as many as make `tokens_m` million tokens.
+        tokens_m: see above.
+        batch: sequences of a micro-batch, and micro-batches of a step.
+        learning_rates: empty: what the config and the arm's overlay say.
+        seeds: of weights and data order.
+        validations: how often the loss on held-out text is taken on the way.
+        final_batches: of each held-out source at the end; None: all.
+        options: of the configs, by their dotted names.
+    """
+
+    name: str
+    what: str
+    arms: tuple[str, ...]
+    size: str = "35m"
+    steps: int | None = None
+    tokens_m: float = 20.0
+    batch: tuple[int, int] = (8, 1)
+    learning_rates: tuple[float, ...] = ()
+    seeds: tuple[int, ...] = (0,)
+    validations: int = 20
+    final_batches: int | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def runs(self) -> list[Run]:
+        """All runs, seeds last: an interrupted study has whole comparisons."""
+        rates: tuple[float | None, ...] = self.learning_rates or (None,)
+        return [self._run(arm, rate, seed) for seed in self.seeds for arm in self.arms for rate in rates]
+
+    def _run(self, arm: str, rate: float | None, seed: int) -> Run:
+        options = dict(self.options)
+        names = [f"study_{self.size}"]
+        if arm in BASELINES:
+            names.append(f"{BASELINES[arm]}_{self.size}")
+        elif arm != DEFAULT:
+            names += [_overlay(name) for name in arm.split("+")]
+        if rate is not None:
+            options["model.learning_rate"] = rate
+        content = assemble(tuple(names), **options)
+        size, accumulate = self.batch
+        content["data"]["init_args"]["batch_size"] = size
+        trainer = content["trainer"]
+        trainer["accumulate_grad_batches"] = accumulate
+        tokens = size * accumulate * content["data"]["init_args"]["seq_len"]
+        trainer["max_steps"] = self.steps if self.steps is not None else int(self.tokens_m * 1e6) // tokens
+        if trainer["max_steps"] < 1:
+            raise BadInputError(f"{self.tokens_m} M tokens are less than one step of {tokens:,}; give more with --tokens-m")
+        variant = None if arm in (DEFAULT, *BASELINES) else "+".join(Path(name).stem for name in arm.split("+"))
+        return Run(
+            study=self.name,
+            variant=variant,
+            content=content,
+            seed=seed,
+            validations=self.validations,
+            final_batches=self.final_batches,
+        )
+
+
+def _overlay(name: str) -> str:
+    if name in overlays():
+        return f"ablation/{name}"
+    if Path(name).suffix in SUFFIXES:
+        return name
+    raise BadInputError(f"no arm {name}; give {DEFAULT}, {', '.join(BASELINES)}, a YAML file, or one of {', '.join(overlays())}")
+
+
+def studies() -> dict[str, Study]:
+    """All studies by name, as `train_uboo_test` runs them where no option says otherwise."""
+    uboo = overlays("uboo_")
+    found = (
+        Study(name="baseline", what="the network beside a Transformer++, 20 M tokens", arms=(DEFAULT, "transformer++"), seeds=(0, 1, 2)),
+        Study(
+            name="lr_grid",
+            what="three learning rates for each network",
+            arms=(DEFAULT, "transformer++"),
+            learning_rates=(7.5e-4, 1.5e-3, 3e-3),
+        ),
+        Study(
+            name="ablation",
+            what="the network with one thing changed, by the overlays of configs/ablation",
+            arms=(DEFAULT, *(name for name in overlays() if name not in uboo)),
+        ),
+        Study(name="uboo", what="UBÖO, one factor at a time, 20 M tokens", arms=(DEFAULT, *uboo)),
+        Study(
+            name="protocol",
+            what="the founding document's: 10,000 steps of 8,192 tokens, off, mse and normalized",
+            arms=PROTOCOL_ARMS,
+            steps=10_000,
+            batch=(4, 1),
+            learning_rates=(3e-4,),
+            seeds=(0, 1, 2),
+            validations=50,
+        ),
+        Study(
+            name="finalist",
+            what="the network beside a Transformer++ at 120 M, one pass of 98 M tokens",
+            arms=(DEFAULT, "transformer++"),
+            size="120m",
+            tokens_m=98.14,
+            seeds=(0, 1, 2),
+        ),
+    )
+    return {study.name: study for study in found}
+
+
+def quick(study: Study, folder: Path) -> Study:
+    """A study on a CPU in a minute: the network of cpu_tiny, its built-in text, 60 steps, two seeds."""
+    options = {
+        "model.network.model_dim": 64,
+        "model.network.num_layers": 2,
+        "model.network.ffn_dim": 128,
+        "model.network.num_heads": 2,
+        "model.network.vocab_size": 1024,
+        "model.network.loss_chunk_size": 2048,
+        "model.learning_rate": 3e-3,
+        "model.warmup_steps": 5,
+        "model.cuda_graph": False,
+        "trainer.precision": "32-true",
+        "data.init_args": {
+            "source": "sample",
+            "vocab_size": 1024,
+            "seq_len": 128,
+            "batch_size": 4,
+            "validation_batches": 2,
+            "cache_dir": str(folder),
+        },
+    }
+    return replace(study, steps=60, batch=(4, 1), learning_rates=(), seeds=(0, 1), validations=6, final_batches=8, options=study.options | options)

@@ -1,0 +1,64 @@
+"""What a run of a study keeps in memory: every step's loss, and whatever the callbacks log."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+Points = list[tuple[int, float]]
+
+
+class MemoryLogger(Logger):
+    """Scalars by tag, as (step, value), in memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scalars: dict[str, Points] = {}
+
+    @property
+    def name(self) -> str:
+        """Nothing is written under it."""
+        return "memory"
+
+    @property
+    def version(self) -> str:
+        """There is one."""
+        return "0"
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Append each value to its tag's points."""
+        for tag, value in metrics.items():
+            self.scalars.setdefault(tag, []).append((int(step or 0), float(value)))
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The row of the run holds them."""
+
+    def last(self, tag: str) -> float | None:
+        """The latest value of a tag, None where there is none."""
+        points = self.scalars.get(tag)
+        return points[-1][1] if points else None
+
+    def mean_of_layers(self, quantity: str) -> float | None:
+        """Mean over layers of the latest `aux/layer_NN/<quantity>`."""
+        found = [points[-1][1] for tag, points in self.scalars.items() if tag.startswith("aux/layer_") and tag.endswith(f"/{quantity}")]
+        return sum(found) / len(found) if found else None
+
+
+class MainLosses(Callback):
+    """The main loss of every micro-batch, without waiting for the device until it is asked for."""
+
+    def __init__(self) -> None:
+        self._kept: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Keep the micro-batch's loss where it is."""
+        self._kept.append(pl_module.last_loss.main)  # type: ignore[union-attr]  # the module of this project has it after a step
+
+    def by_step(self, accumulate: int) -> list[float]:
+        """Each optimiser step's main loss, the mean of its micro-batches, in nats."""
+        losses = torch.stack(self._kept).float().cpu()
+        whole = len(losses) // accumulate * accumulate
+        return [float(value) for value in losses[:whole].view(-1, accumulate).mean(1)]

@@ -1,0 +1,120 @@
+"""One run of a study: what is trained, and the row that comes of it."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+from mmrec.baselines import BaselineConfig
+from mmrec.commandline.configs import config_layers, merge
+from mmrec.config import MMRecConfig
+
+Row = dict[str, Any]
+# What tells a run's row from all others.
+IDENTITY = (
+    "study", "model", "variant", "params_m", "batch_tokens", "steps", "lr", "seed", "uboo", "orthogonalize", "lambda_P", "gpu",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A training run.
+
+    Attributes:
+        study: the study it belongs to.
+        variant: what it differs in, the name of an overlay; None for a network as its config has it.
+        content: the merged config, as `fit` would read it; under `baseline` the fields of a BaselineConfig, where one is trained.
+        seed: of weights and data order.
+        validations: how often the loss on held-out text is taken on the way, on a part of it.
+        final_batches: of each held-out source at the end; None: all.
+    """
+
+    study: str
+    variant: str | None
+    content: Mapping[str, Any] = field(hash=False)
+    seed: int
+    validations: int = 20
+    final_batches: int | None = None
+
+    @property
+    def is_baseline(self) -> bool:
+        """Whether it is another network than MM-Rec that is trained."""
+        return "baseline" in self.content
+
+    @property
+    def network(self) -> MMRecConfig | BaselineConfig:
+        """The network's configuration."""
+        if self.is_baseline:
+            return BaselineConfig(**self.content["baseline"])
+        return MMRecConfig(**self.content["model"].get("network", {}))
+
+    @property
+    def model(self) -> str:
+        """The kind of network, as rows name it."""
+        return str(self.content["baseline"]["kind"]) if self.is_baseline else "mm-rec"
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps."""
+        return int(self.content["trainer"]["max_steps"])
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches a step."""
+        return int(self.content["trainer"].get("accumulate_grad_batches", 1))
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a step."""
+        data = self.content["data"]["init_args"]
+        return int(data["batch_size"]) * int(data["seq_len"]) * self.accumulate
+
+    @property
+    def title(self) -> str:
+        """For a line on the screen."""
+        return " ".join(filter(None, (self.study, self.model, self.variant or "", f"lr {self.learning_rate:g}", f"seed {self.seed}")))
+
+    @property
+    def learning_rate(self) -> float:
+        """AdamW's peak."""
+        return float(self.content["model"]["learning_rate"])
+
+    def description(self) -> Row:
+        """The columns of the row that are known before it has run."""
+        network = self.network
+        row: Row = {
+            "study": self.study,
+            "model": self.model,
+            "variant": self.variant,
+            "params_m": None,
+            "tokens_m": round(self.steps * self.batch_tokens / 1e6, 3),
+            "steps": self.steps,
+            "batch_tokens": self.batch_tokens,
+            "lr": self.learning_rate,
+            "seed": self.seed,
+            "uboo": None,
+            "orthogonalize": None,
+            "lambda_P": None,
+        }
+        if isinstance(network, MMRecConfig):
+            row["uboo"] = network.planning_loss if network.use_uboo else "off"
+            if network.use_uboo:
+                row |= {"orthogonalize": network.orthogonalize, "lambda_P": network.lambda_P}
+        return row
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What two rows of one and the same run share."""
+    return tuple(row.get(name) for name in IDENTITY)
+
+
+def assemble(names: tuple[str, ...], **options: Any) -> dict[str, Any]:
+    """The merged content of configs and of options given by their dotted names, `{"model.learning_rate": 1e-3}`."""
+    content = deepcopy(merge([layer for name in names for layer in config_layers(name)]))
+    for dotted, value in options.items():
+        *path, last = dotted.split(".")
+        place = content
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return content

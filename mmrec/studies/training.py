@@ -1,0 +1,123 @@
+"""Training one run of a study: Lightning's Trainer around the module, data and callbacks that `fit` would use, with everything in memory."""
+
+import logging
+import time
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+
+import datamodules
+from callbacks import AuxiliaryLossCurves, StepLatency
+from lightning_modules import BaselineLightningModule, MMRecLightningModule
+from mmrec.commandline.class_paths import imported_class
+from mmrec.measuring.machine import device, machine
+from mmrec.studies.recording import MainLosses, MemoryLogger
+from mmrec.studies.runs import Row, Run
+from mmrec.studies.statistics import detrended_variance, smoothed
+
+GIB = 2**30
+_DIAGNOSES = 10  # of the auxiliary loss, in a run
+_KEPT = ("val/", "aux/grad_", "aux/share_of_total")  # tags whose curves are kept, beside those of layers' means
+_OF_LAYERS = ("target_variance", "target_effective_rank", "gate_jacobian_max", "gate_jacobian_share")
+
+
+class Outcome(NamedTuple):
+    """A run's row, and its curves by name, each a list of (step, value)."""
+
+    row: Row
+    curves: dict[str, list[tuple[int, float]]]
+
+
+def train(run: Run) -> Outcome:
+    """Train a run and validate it, on the current device."""
+    where = device()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what devices there are, a line for every run
+    seed_everything(run.seed, verbose=False)
+    data, module = _data(run), _module(run)
+    losses, logger = MainLosses(), MemoryLogger()
+    trainer = _trainer(run, where, [losses, *_callbacks(run, module)], logger)
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+    began = time.perf_counter()
+    trainer.fit(module, datamodule=data)
+    seconds = time.perf_counter() - began
+    by_step = losses.by_step(run.accumulate)
+    peak = torch.cuda.max_memory_allocated(where) / GIB if where.type == "cuda" else None
+    final = _validate(trainer, module, data, run.final_batches)
+    network = module.network
+    parameters, training_only = network.num_parameters(), 0
+    if not run.is_baseline:
+        training_only = parameters - network.num_parameters(training_only=False)
+    row = run.description() | {
+        "params_m": round((parameters - training_only) / 1e6, 3),
+        "training_only_params_m": round(training_only / 1e6, 3),
+        **final,
+        "loss_variance": detrended_variance(by_step),
+        "steps_to_baseline": None,  # known once all runs of the study are
+        "peak_gib": peak,
+        "seconds": round(seconds, 1),
+        "tokens_per_s": logger.last("throughput/tokens_per_second"),
+        "grad_cosine": logger.last("aux/grad_cosine"),
+        "grad_norm_ratio": logger.last("aux/grad_norm_ratio"),
+        **{name: logger.mean_of_layers(name) for name in _OF_LAYERS},
+        **machine(where),
+    }
+    curves = {"train/loss_main": smoothed(by_step)}
+    curves |= {tag: _rounded(points) for tag, points in logger.scalars.items() if tag.startswith(_KEPT) and not tag.endswith("ppl")}
+    return Outcome(row, curves)
+
+
+def _data(run: Run) -> LightningDataModule:
+    spec = run.content["data"]
+    cls: Any = imported_class(spec["class_path"]) or getattr(datamodules, spec["class_path"].rpartition(".")[2])
+    data: LightningDataModule = cls(**{**spec["init_args"], "seed": run.seed})
+    return data
+
+
+def _module(run: Run) -> Any:
+    options = {name: value for name, value in run.content["model"].items() if name != "network"}
+    if run.is_baseline:
+        return BaselineLightningModule(run.network, **options)  # type: ignore[arg-type]
+    return MMRecLightningModule(run.network, **options)  # type: ignore[arg-type]
+
+
+def _callbacks(run: Run, module: Any) -> list[Any]:
+    latency = StepLatency()
+    if not module.network.use_uboo:
+        return [latency]
+    every = max(1, run.steps // _DIAGNOSES)
+    return [AuxiliaryLossCurves(diagnostics_every_n_steps=every, gradients_every_n_steps=every, histograms=False), latency]
+
+
+def _trainer(run: Run, where: torch.device, callbacks: list[Any], logger: MemoryLogger) -> Trainer:
+    settings = run.content["trainer"]
+    kept = ("precision", "max_steps", "accumulate_grad_batches", "gradient_clip_val", "deterministic")
+    return Trainer(
+        **{name: settings[name] for name in kept if name in settings},
+        accelerator="gpu" if where.type == "cuda" else "cpu",
+        devices=[where.index] if where.type == "cuda" else 1,
+        use_distributed_sampler=False,
+        val_check_interval=max(1, run.steps // run.validations) * run.accumulate,
+        num_sanity_val_steps=0,
+        log_every_n_steps=max(1, run.steps // 20),
+        logger=logger,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _validate(trainer: Trainer, module: Any, data: Any, batches: int | None) -> Row:
+    """The losses on so many batches of held-out text: of the first source `val_loss`, of others `val_loss_<name>`, in nats a token."""
+    data.validation_batches = batches
+    results = trainer.validate(module, datamodule=data, verbose=False)[0]
+    row: Row = {"val_loss": results["val/loss"]}
+    for name in data.validation_names[1:]:
+        row[f"val_loss_{name}"] = results[f"val/{name}/loss"]
+    return row
+
+
+def _rounded(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    return [(step, float(f"{value:.5g}")) for step, value in points]
