@@ -121,5 +121,3 @@ def summary(rows: Sequence[Row]) -> str:
 def first_of(rows: Sequence[Row], name: str) -> Any:
     """A column of the first row."""
     return rows[0].get(name)
-
-

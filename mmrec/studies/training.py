@@ -1,4 +1,4 @@
-"""Training one run of a study: Lightning's Trainer around the module, data and callbacks that `fit` would use, with everything in memory."""
+"""Training one run of a study: Lightning's Trainer around the module, data and callbacks of `fit`, with everything kept in memory."""
 
 import logging
 import time
