@@ -54,11 +54,13 @@ def test_in_the_finals_the_transformer_is_the_baseline(tmp_path: Path) -> None:
 
 
 def test_the_summary_has_the_lowest_loss_first_and_the_range_of_seeds() -> None:
-    text = summary([row(), row(seed=1, val_loss=4.2), row(variant="better", val_loss=3.9)])
+    theirs = row(model="transformer++", variant="better", uboo=None, val_loss=4.3)
+    text = summary([row(), row(seed=1, val_loss=4.2), row(variant="better", val_loss=3.9), theirs])
     lines = text.splitlines()
     assert lines[0] == "uboo: 100 steps of 8,192 tokens, H100"
     assert lines[1].startswith("  3.9000  better, lr 0.001")
     assert lines[2].startswith("  4.1000 (4.0000 … 4.2000, 2 seeds)  mm-rec")
+    assert lines[3].startswith("  4.3000  transformer++, better, lr 0.001")
 
 
 def test_plots_show_every_setting(tmp_path: Path) -> None:
