@@ -137,7 +137,11 @@ def parity(run: Run, batch: int) -> bool:
     model = run.model
     exact = copy.deepcopy(model).float()
     state = read_on(model, model.init_state(1), 64, 64)
-    state = [BlockState(own.h.repeat(batch, 1), own.M.repeat(batch, 1, 1, 1)) for own in state]
+    many = model.init_state(batch)
+    for own, given in zip(many, state, strict=True):
+        for tensor, value in zip(own.kept(), given.kept(), strict=True):
+            tensor.copy_(value.expand_as(tensor))
+    state = many
     given = random_tokens(model, batch, STEPS).unbind(1)
     own_state, true_state = state, state
     own, truth = [], []

@@ -25,6 +25,9 @@ class MMRecConfig:
         pe_dim: P, width of the path that says when the short-term memory writes; divides D. None: D.
         use_dpg: the decay from a low-rank gate (DPG) instead of the two-factor form (MDI).
         dpg_rank: R, rank of the DPG gate.
+        window_every: every so-manieth layer's long-term memory is a window: softmax attention to the last tokens, exact, where the others
+            keep a matrix of everything, inexact. None: no layer's.
+        window: tokens such a layer sees, W.
         state_gate: whether the state gates its own write (w_g is learned); false makes the recurrence linear.
         decay_accum_dtype: in which dtype the decays of a carried state are summed where `state_gate` is false.
         use_uboo: the planning error as an auxiliary loss.
@@ -53,6 +56,8 @@ class MMRecConfig:
     pe_dim: int | None = None
     use_dpg: bool = False
     dpg_rank: int = 128
+    window_every: int | None = None
+    window: int = 512
     state_gate: bool = True
     decay_accum_dtype: Literal["float32", "float64"] = "float32"
     use_uboo: bool = True
@@ -70,7 +75,7 @@ class MMRecConfig:
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "model_dim", "num_layers", "num_heads", "ffn_dim", "pe_dim", "dpg_rank", "planning_error_dim")
-        for name in (*positive, "loss_chunk_size"):
+        for name in (*positive, "loss_chunk_size", "window_every", "window"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
@@ -111,6 +116,10 @@ class MMRecConfig:
         if self.ffn_dim is not None:
             return self.ffn_dim
         return max(1, round(8 * self.model_dim / 3 / _FFN_MULTIPLE)) * _FFN_MULTIPLE
+
+    def has_window(self, layer_index: int) -> bool:
+        """Whether a layer's long-term memory is a window; the last of every `window_every` layers' is."""
+        return self.window_every is not None and (layer_index + 1) % self.window_every == 0
 
     @property
     def input_scale(self) -> float:

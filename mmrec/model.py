@@ -66,7 +66,7 @@ class MMRecModel(nn.Module):
         self.lambda_P = config.lambda_P
         self.embedding = nn.Embedding(config.vocab_size, config.model_dim)
         nn.init.normal_(self.embedding.weight, std=config.initializer_range)
-        self.blocks: nn.ModuleList = nn.ModuleList(MMRecBlock(config) for _ in range(config.num_layers))
+        self.blocks: nn.ModuleList = nn.ModuleList(MMRecBlock(config, index) for index in range(config.num_layers))
         self.norm = RMSNorm(config.model_dim, eps=config.norm_eps)
         self.head = nn.Linear(config.model_dim, config.vocab_size, bias=False)
         if config.tie_embeddings:
@@ -168,11 +168,14 @@ class MMRecModel(nn.Module):
         return LossOutput(main + auxiliary, main, auxiliary, by_layer, count, self.diagnose(batch) if diagnostics else {})
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> list[BlockState]:
-        """The state before the first token, zeros, fp32 (float64 for a float64 network)."""
+        """The state before the first token, zeros, fp32 (float64 for a float64 network); windows' keys and values in the weights' dtype."""
         weight = self.embedding.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         device = device if device is not None else weight.device
-        return [memory.init_state(self.config, batch_size, device, dtype) for _ in self.blocks]
+        return [
+            memory.init_state(self.config, batch_size, device, dtype, layer_index=index, window_dtype=weight.dtype)
+            for index in range(self.num_layers)
+        ]
 
     def hidden_states(
         self, input_ids: Tensor, *, reset: Tensor | None = None, state: list[BlockState] | None = None
@@ -227,8 +230,8 @@ class MMRecModel(nn.Module):
         """Floating-point operations of one training step (forward and backward) a token: MFU's numerator.
 
         6 for every weight of a matrix product (the head once, the embedding's look-up not at all), and three times the forward of the
-        operators: 4·K·V a head for the long-term memory, about 12 a channel for the short-term one. Recomputation is not counted.
-        The cost does not depend on `seq_len`; the argument is there because a Transformer's would.
+        operators: 4·K·V a head for the long-term memory, 4·V for every token seen where it is a window, about 12 a channel for the
+        short-term one. Recomputation is not counted. Only windows that a sequence does not fill depend on `seq_len`.
         """
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}; give at least 1")
@@ -236,7 +239,11 @@ class MMRecModel(nn.Module):
         matrices = sum(p.numel() for name, p in self.named_parameters() if name.rpartition(".")[2] in ("weight", "w_alpha") and p.ndim == 2)
         if not config.tie_embeddings:
             matrices -= self.embedding.weight.numel()
-        operators = config.num_layers * config.model_dim * (4 * config.head_dim + 12)
+        inside = min(seq_len, config.window)
+        seen = inside * (1 - (inside - 1) / (2 * seq_len))  # tokens that a token of a sequence sees on average
+        windows = sum(config.has_window(index) for index in range(config.num_layers))
+        reads = (config.num_layers - windows) * config.head_dim + windows * seen
+        operators = round(config.model_dim * (4 * reads + 12 * config.num_layers))
         return 6 * matrices + 3 * operators
 
     def state_bytes(self, batch_size: int) -> int:

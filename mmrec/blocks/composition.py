@@ -1,6 +1,7 @@
 """A block's recurrent half as a chain of its operators, each differentiated on its own: what `mixer.mix` does in one function.
 
-It runs where the short-term memory is linear (`state_gate: false`), and as the form that the fused one is compared with.
+It runs where the short-term memory is linear (`state_gate: false`), in layers with a window, and as the form that the fused one is compared
+with.
 """
 
 from typing import TYPE_CHECKING
@@ -10,27 +11,28 @@ from torch import Tensor
 
 from mmrec.blocks.hem import Projections
 from mmrec.core import uboo
-from mmrec.ops import exp_product_scan, gated_read_out, gated_scan, linear_scan, memory_address, memory_scan
+from mmrec.core.memory import BlockState
+from mmrec.ops import exp_product_scan, gated_read_out, gated_scan, linear_scan, memory_address, memory_scan, window_attention
+from mmrec.ops.window_attention import WindowState
 
 if TYPE_CHECKING:
     from mmrec.blocks.mm_rec_block import MMRecBlock
 
 
 def compose(
-    block: "MMRecBlock",
-    parts: Projections,
-    log_alpha: Tensor,
-    h0: Tensor | None,
-    M0: Tensor | None,
-    reset: Tensor | None,
-    orthogonalize: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gated read-out (B, T, D), `h` as the output and as the planning target sees it (B, T, D), and both last states."""
+    block: "MMRecBlock", parts: Projections, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, orthogonalize: bool
+) -> tuple[Tensor, Tensor, Tensor, BlockState]:
+    """Gated read-out (B, T, D), `h` as the output and as the planning target sees it (B, T, D), and the last state."""
     q, k, v, z, p, e = parts
-    h, h_last = short_term_memory(block, z, p, block.mdi(z, k), h0, reset)
+    h, h_last = short_term_memory(block, z, p, block.mdi(z, k), None if state is None else state.h, reset)
     h, h_target = uboo.route(h, orthogonalize)
-    r, M_last = long_term_memory(block, q, k, v, h, log_alpha, M0, reset)
-    return read_out(block, h, r, e), h, h_target, h_last, M_last
+    if block.has_window:
+        r, window = window_memory(block, q, k, v, h, log_alpha, None if state is None else state.window, reset)
+        after = BlockState(h_last, h_last.new_empty(r.shape[0], r.shape[2], 0, r.shape[3]), None, window)
+    else:
+        r, M_last = long_term_memory(block, q, k, v, h, log_alpha, None if state is None else state.M, reset)
+        after = BlockState(h_last, M_last)
+    return read_out(block, h, r, e), h, h_target, after
 
 
 def long_term_memory(
@@ -40,6 +42,23 @@ def long_term_memory(
     heads = (block.config.heads, block.config.head_dim)
     query, key = memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
     return memory_scan(query, key, v.unflatten(-1, heads), log_alpha, M0, reset)
+
+
+def window_memory(
+    block: "MMRecBlock",
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    h: Tensor,
+    log_alpha: Tensor,
+    state: WindowState | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, WindowState]:
+    """`r` (B, T, H, V) and the last window; addressed and forgetting as the matrix is."""
+    heads = (block.config.heads, block.config.head_dim)
+    query, key = memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
+    assert block.temperature is not None  # a layer with a window has one
+    return window_attention(query, key, v.unflatten(-1, heads), log_alpha, block.temperature(), block.config.window, state, reset)
 
 
 def read_out(block: "MMRecBlock", h: Tensor, r: Tensor, e: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 x̂ = RMSNorm(x);  q, k, v, z, p, e = HEM(x̂);  log γ = decay(z, k)
 h_t = (1 − γ_t) z_t σ(w_g h_{t−1} + p̄_t) + γ_t h_{t−1}                    short-term memory, elementwise
-M_t = α_t M_{t−1} + k̃_t v_tᵀ,  r_t = M_tᵀ q̃_t,  q̃ = L2(q + h), k̃ = L2(k + h)   long-term memory, a matrix a head
+M_t = α_t M_{t−1} + k̃_t v_tᵀ,  r_t = M_tᵀ q̃_t,  q̃ = L2(q + h), k̃ = L2(k + h)   long-term memory, a matrix a head; or, in some layers,
+r_t = Σ_j softmax_j(τ ⟨q̃_t, k̃_j⟩ + Σ_{i=j+1..t} log α_i) v_j                     over the last W tokens j
 x = x + W_o[σ(e) (g_r RMSNorm(r) + g_h RMSNorm(h))];  x = x + SwiGLU(RMSNorm(x))
 """
 
@@ -26,6 +27,7 @@ from mmrec.core.mdi import MDI
 from mmrec.core.memory import BlockState
 
 _MEMORY_GAIN = 0.1  # the long-term memory earns its weight: at full weight from the first step it did harm
+_WINDOW_GAIN = 1.0
 
 
 class _StateGate(Float32Parameters):
@@ -36,15 +38,27 @@ class _StateGate(Float32Parameters):
         self.w_g = nn.Parameter(torch.zeros(model_dim, dtype=torch.float32), requires_grad=learned)
 
 
+class _Temperature(Float32Parameters):
+    """`τ`, what a window's scores are multiplied by, one a head: starts at √K, as if q̃ and k̃ had unit variance a channel."""
+
+    def __init__(self, config: MMRecConfig) -> None:
+        super().__init__()
+        self.log_temperature = nn.Parameter(torch.full((config.heads,), math.log(config.head_dim) / 2, dtype=torch.float32))
+
+    def forward(self) -> Tensor:
+        return self.log_temperature.exp()
+
+
 class MMRecBlock(nn.Module):
     """One MM-Rec block.
 
     Args:
         config: the network's configuration; or its fields by name, for a block on its own:
             `MMRecBlock(model_dim=4096, num_heads=8, use_hem=True, pe_dim=4096)`.
+        layer_index: which of the layers it is, from 0: some have a window instead of a matrix.
     """
 
-    def __init__(self, config: MMRecConfig | None = None, **fields: Any) -> None:
+    def __init__(self, config: MMRecConfig | None = None, layer_index: int = 0, **fields: Any) -> None:
         super().__init__()
         config = config if config is not None else config_from_fields("MMRecBlock", {"num_layers": 1, **fields})
         self.config = config
@@ -55,7 +69,9 @@ class MMRecBlock(nn.Module):
         self.mdi = MDI(config)
         self.state_gate = _StateGate(dim, learned=config.state_gate)
         self.head_decay = HeadDecay(dim, config.heads, config.initializer_range)
-        self.g_r = nn.Parameter(torch.full((config.heads, config.head_dim), _MEMORY_GAIN))
+        self.has_window = config.has_window(layer_index)
+        self.temperature = _Temperature(config) if self.has_window else None
+        self.g_r = nn.Parameter(torch.full((config.heads, config.head_dim), _WINDOW_GAIN if self.has_window else _MEMORY_GAIN))
         self.g_h = nn.Parameter(torch.ones(config.heads, config.head_dim))
         self.W_o = nn.Linear(dim, dim, bias=False)
         self.ffn_norm = RMSNorm(dim, eps=config.norm_eps)
@@ -116,7 +132,7 @@ class MMRecBlock(nn.Module):
         normed, for_decay, x_BTD, owned = self.norm.branch(x_BTD, is_plain(self.W_o))
         log_alpha = self.head_decay(for_decay)
         wanted = return_auxiliary_loss and self.mdi.use_uboo
-        gated, z, h, h_target, h_last, M_last = self._mixed(normed, log_alpha, state, reset, wanted)
+        gated, z, h, h_target, after = self._mixed(normed, log_alpha, state, reset, wanted)
         planning: uboo.PlanningLoss | None = None
         carried: Tensor | None = None
         if wanted:
@@ -135,14 +151,14 @@ class MMRecBlock(nn.Module):
             zero = torch.zeros((), device=x_BTD.device)
             outputs.append(planning if planning is not None else uboo.PlanningLoss(zero, zero))
         if return_state:
-            outputs.append(BlockState(h_last, M_last, carried))
+            outputs.append(after._replace(planning=carried))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _mixed(
         self, normed: Tensor, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, planned: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Gated read-out, z, `h`, `h` as the planning target sees it, and both last states: the operators in one function."""
-        if not self.config.state_gate:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, BlockState]:
+        """Gated read-out, z, `h`, `h` as the planning target sees it, and the last state: the operators in one function."""
+        if not self.config.state_gate or self.has_window:
             return self._composed(normed, log_alpha, state, reset, planned)
         whole, parts = self.projections.whole_and_parts(normed)
         decay, context = self.mdi.gates()
@@ -164,16 +180,15 @@ class MMRecBlock(nn.Module):
             orthogonalize=orthogonalize,
             recompute=self.config.activation_checkpointing == "selective",
         )
-        return gated, parts.z, h, h, h_last, M_last
+        return gated, parts.z, h, h, BlockState(h_last, M_last)
 
     def _composed(
         self, normed: Tensor, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, planned: bool
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, BlockState]:
         """The same, each operator differentiated on its own."""
-        h0, M0 = (None, None) if state is None else (state.h, state.M)
         parts = self.projections(normed)
-        gated, *states = compose(self, parts, log_alpha, h0, M0, reset, planned and self.config.orthogonalize)
-        return gated, parts.z, *states
+        gated, h, h_target, after = compose(self, parts, log_alpha, state, reset, planned and self.config.orthogonalize)
+        return gated, parts.z, h, h_target, after
 
     def planning_error(
         self, h: Tensor, h_target: Tensor, before: Tensor | None, reset: Tensor | None, record: dict[str, Tensor] | None = None

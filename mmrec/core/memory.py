@@ -1,11 +1,13 @@
 """The state of a block: what a token leaves behind for the next, of a size that does not grow with the text."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mmrec.config import MMRecConfig
+from mmrec.ops.window_attention import WindowState
 
 
 class BlockState(NamedTuple):
@@ -13,36 +15,88 @@ class BlockState(NamedTuple):
 
     Attributes:
         h: (B, D) fp32, the short-term memory.
-        M: (B, H, K, V) fp32, the long-term memory.
+        M: (B, H, K, V) fp32, the long-term memory; (B, H, 0, V) in a layer that has a window instead.
         planning: (B, D), the last output of the short-term scan as UBÖO's target sees it, in the scan's output dtype; None outside
             training. It differs from `h` by rounding and by the route of its gradient.
+        window: the last W − 1 tokens' keys, values and decays, in a layer that has a window.
     """
 
     h: Tensor
     M: Tensor
     planning: Tensor | None = None
+    window: WindowState | None = None
+
+    def kept(self) -> tuple[Tensor, ...]:
+        """What is carried from token to token in decoding, in a fixed order."""
+        return (self.h, self.M, *(self.window or ()))
 
 
 def init_state(
-    config: MMRecConfig, batch_size: int, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+    config: MMRecConfig,
+    batch_size: int,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layer_index: int = 0,
+    window_dtype: torch.dtype | None = None,
 ) -> BlockState:
-    """A block's state before the first token: zeros."""
-    shape = (batch_size, config.heads, config.head_dim, config.head_dim)
-    return BlockState(torch.zeros(batch_size, config.model_dim, device=device, dtype=dtype), torch.zeros(shape, device=device, dtype=dtype))
+    """A block's state before the first token: zeros, a window in which nothing was seen.
+
+    Args:
+        config: the network's.
+        batch_size: B.
+        device: where to put it.
+        dtype: of `h`, `M` and a window's decays.
+        layer_index: which of the layers it is of.
+        window_dtype: of a window's keys and values; None: `dtype`.
+    """
+    heads, width = config.heads, config.head_dim
+    has_window = config.has_window(layer_index)
+    h = torch.zeros(batch_size, config.model_dim, device=device, dtype=dtype)
+    M = torch.zeros(batch_size, heads, 0 if has_window else width, width, device=device, dtype=dtype)
+    if not has_window:
+        return BlockState(h, M)
+    tokens = (batch_size, config.window - 1)
+    k, v = (torch.zeros(*tokens, heads, width, device=device, dtype=window_dtype or dtype) for _ in range(2))
+    log_alpha = torch.zeros(*tokens, heads, device=device, dtype=dtype)
+    return BlockState(h, M, None, WindowState(k, v, log_alpha, torch.zeros(tokens, device=device, dtype=torch.bool)))
 
 
 def detach_state(state: BlockState) -> BlockState:
     """The same values without their history: where truncated backpropagation through time cuts."""
     planning = None if state.planning is None else state.planning.detach()
-    return BlockState(state.h.detach(), state.M.detach(), planning)
+    window = None if state.window is None else WindowState(*(tensor.detach() for tensor in state.window))
+    return BlockState(state.h.detach(), state.M.detach(), planning, window)
 
 
 def reset_state(state: BlockState, reset_B: Tensor) -> BlockState:
-    """The state with the rows where `reset_B` (boolean, (B,)) is true set to zero."""
-    planning = None if state.planning is None else state.planning.masked_fill(reset_B[:, None], 0)
-    return BlockState(state.h.masked_fill(reset_B[:, None], 0), state.M.masked_fill(reset_B[:, None, None, None], 0), planning)
+    """The state with the rows where `reset_B` (boolean, (B,)) is true as before the first token."""
+
+    def cleared(tensor: Tensor) -> Tensor:
+        return tensor.masked_fill(reset_B.view(-1, *[1] * (tensor.ndim - 1)), 0)
+
+    planning = None if state.planning is None else cleared(state.planning)
+    window = None if state.window is None else WindowState(*map(cleared, state.window))
+    return BlockState(cleared(state.h), cleared(state.M), planning, window)
+
+
+def copy_state(target: Iterable[BlockState], source: Iterable[BlockState]) -> None:
+    """Write a state's values into the tensors of another, layer by layer.
+
+    Raises:
+        ValueError: for layers of other shapes.
+    """
+    for own, given in zip(target, source, strict=True):
+        shapes = [[tuple(tensor.shape) for tensor in state.kept()] for state in (own, given)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"state has h, M and a window's tensors of {shapes[1]}; give {shapes[0]}")
+        for tensor, value in zip(own.kept(), given.kept(), strict=True):
+            tensor.copy_(value)
 
 
 def state_bytes(config: MMRecConfig, batch_size: int) -> int:
-    """Bytes of the fp32 state of a whole network for `batch_size` sequences."""
-    return 4 * batch_size * config.num_layers * (config.model_dim + config.model_dim * config.head_dim)
+    """Bytes of the fp32 state of a whole network for `batch_size` sequences; a bf16 network's windows take half of theirs."""
+    windows = sum(config.has_window(index) for index in range(config.num_layers))
+    matrices = 4 * (config.num_layers - windows) * config.model_dim * config.head_dim
+    tokens = windows * (config.window - 1) * (4 * (2 * config.model_dim + config.heads) + 1)
+    return batch_size * (4 * config.num_layers * config.model_dim + matrices + tokens)

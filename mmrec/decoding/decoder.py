@@ -10,7 +10,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from mmrec.core.memory import BlockState
+from mmrec.core.memory import BlockState, copy_state
 from mmrec.decoding.support import unsupported
 from mmrec.model import MMRecModel
 
@@ -81,13 +81,7 @@ class Decoder:
         """
         if len(state) != len(self.state):
             raise ValueError(f"state has {len(state)} layers, the network {len(self.state)}; give one BlockState a layer")
-        for own, given in zip(self.state, state, strict=True):
-            if own.h.shape != given.h.shape or own.M.shape != given.M.shape:
-                raise ValueError(
-                    f"state has h {tuple(given.h.shape)} and M {tuple(given.M.shape)}; give {tuple(own.h.shape)}, {tuple(own.M.shape)}"
-                )
-            own.h.copy_(given.h)
-            own.M.copy_(given.M)
+        copy_state(self.state, state)
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:
@@ -142,6 +136,6 @@ class Decoder:
                 self._run()
             self._graph = graph
         for own in self.state:
-            own.h.zero_()
-            own.M.zero_()
+            for tensor in own.kept():
+                tensor.zero_()
         self.tokens.zero_()

@@ -19,6 +19,8 @@ def unsupported(model: MMRecModel, batch_size: int) -> str:
         return f"the network lies on {weight.device}"
     if not config.use_hem:
         return "use_hem is false: six projections"
+    if config.window_every is not None:
+        return "layers with a window"
     if batch_size > BATCH:
         return f"{batch_size} sequences, more than {BATCH}"
     if config.head_dim > HEAD_WIDTH:
