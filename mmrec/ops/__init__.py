@@ -1,4 +1,4 @@
-"""The four recurrences of MM-Rec, and the elementwise passes around them.
+"""The four recurrences of MM-Rec, attention to the recent past, and the elementwise passes around them.
 
 Every operator is a folder: `naive.py` is the truth, a plain loop where it is a recurrence; `kernels*.py` are the Triton kernels, which run
 on CUDA and, with `TRITON_INTERPRET=1` set before Python starts, on a CPU; `pytorch.py` is what runs on a CPU otherwise, and for float64
@@ -16,8 +16,10 @@ from mmrec.ops.memory_scan import memory_scan
 from mmrec.ops.planning_error import planning_error
 from mmrec.ops.rms_norm import rms_norm, rms_norm_branch
 from mmrec.ops.swiglu import swiglu
+from mmrec.ops.window_attention import WindowState, window_attention
 
 __all__ = [
+    "WindowState",
     "decay_log",
     "exp_product_scan",
     "gated_read_out",
@@ -31,4 +33,5 @@ __all__ = [
     "rms_norm",
     "rms_norm_branch",
     "swiglu",
+    "window_attention",
 ]

@@ -4,7 +4,7 @@ from typing import Any
 
 from mmrec.ops.tuning import read_table
 
-_SMALL = {"BD": 8, "R": 4, "G": 4, "LEVELS": 2, "STAGES": 1, "C": 16, "BK": 16, "BV": 16, "fused": 0}
+_SMALL = {"BD": 8, "R": 4, "G": 4, "LEVELS": 2, "STAGES": 1, "C": 16, "BM": 16, "BN": 16, "BK": 16, "BV": 16, "fused": 0}
 
 
 def small_tiles(**changes: int) -> dict[str, dict[str, Any]]:

@@ -18,14 +18,14 @@ ADDRESSED = 128  # width of a head up to which one program of `gradient_kernel` 
 _FEW_HEADS = 64  # blocks of 128 × 128 of all memories below which a walk over time leaves most of the GPU idle unless they are cut smaller
 
 
-def _width(key_width: int, value_width: int) -> int:
+def head_width(key_width: int, value_width: int) -> int:
     """The wider side of a memory, as the table counts it."""
     return min(max(power_of_two(max(key_width, value_width)), 64), 512)
 
 
 def _memories(batch_heads: int, key_width: int, value_width: int) -> int:
     """Blocks of 128 × 128 of all memories: how much a walk over time does side by side."""
-    return batch_heads * max(1, _width(key_width, value_width) // 128) ** 2
+    return batch_heads * max(1, head_width(key_width, value_width) // 128) ** 2
 
 
 def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, value_width: int) -> str:
@@ -33,10 +33,10 @@ def _shape_class(tensors: tuple[Tensor, ...], batch_heads: int, key_width: int, 
     if any(tensor.dtype != torch.bfloat16 for tensor in tensors):
         return "fp32"
     few = _memories(batch_heads, key_width, value_width) < _FEW_HEADS
-    return f"{_width(key_width, value_width)}{'_few' if few else ''}"
+    return f"{head_width(key_width, value_width)}{'_few' if few else ''}"
 
 
-def _covering(width: int, other: int) -> int:
+def covering(width: int, other: int) -> int:
     """The widest tile that one side of a memory needs; a matrix product needs 16.
 
     Where one side fits 32 and the other does not, both get 64: of `gradient_kernel` and the walk that reads out, with a tile of 32 beside
@@ -72,7 +72,7 @@ class _Scan:
         self.log_alpha, self.reset, self.scale = log_alpha, reset, scale
         self.batch, self.time, self.heads, self.K = k.shape
         self.V = v.shape[-1]
-        self.widest = {"BK": _covering(self.K, self.V), "BV": _covering(self.V, self.K)}
+        self.widest = {"BK": covering(self.K, self.V), "BV": covering(self.V, self.K)}
         self.device = q.device
         self.shape_class = _shape_class(tensors, self.batch * self.heads, self.K, self.V)
         self.bf16 = self.shape_class != "fp32" and not INTERPRETED
