@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmrec.blocks.hem import Projections
 from mmrec.core import uboo
-from mmrec.core.memory import BlockState
+from mmrec.core.memory import BlockState, no_matrix
 from mmrec.ops import exp_product_scan, gated_read_out, gated_scan, linear_scan, memory_address, memory_scan, window_attention
 from mmrec.ops.window_attention import WindowState
 
@@ -28,7 +28,7 @@ def compose(
     h, h_target = uboo.route(h, orthogonalize)
     if block.has_window:
         r, window = window_memory(block, q, k, v, h, log_alpha, None if state is None else state.window, reset)
-        after = BlockState(h_last, h_last.new_empty(r.shape[0], r.shape[2], 0, r.shape[3]), None, window)
+        after = BlockState(h_last, no_matrix(r), None, window)
     else:
         r, M_last = long_term_memory(block, q, k, v, h, log_alpha, None if state is None else state.M, reset)
         after = BlockState(h_last, M_last)

@@ -31,13 +31,26 @@ class Mixed(NamedTuple):
     Attributes:
         gated: (B, T, D), what `W_o` reads.
         h: (B, T, D), the short-term states, as UBÖO's planning error sees them.
-        h_last: (B, D) fp32. M_last: (B, H, K, V) fp32.
+        h_last: (B, D) fp32.
+        memory: (B, H, K, V) fp32, the last long-term memory; where it is a window, its keys (B, T, H, K).
     """
 
     gated: Tensor
     h: Tensor
     h_last: Tensor
-    M_last: Tensor
+    memory: Tensor
+
+
+class Window(NamedTuple):
+    """A long-term memory that is a window, of a sequence that nothing was read before.
+
+    Attributes:
+        temperature: (H,) fp32. tokens: W. first: (B, T) int32, the first token that each one sees, or None: W alone decides.
+    """
+
+    temperature: Tensor
+    tokens: int
+    first: Tensor | None
 
 
 def mix(
@@ -53,6 +66,7 @@ def mix(
     M0: Tensor | None,
     reset: Tensor | None,
     *,
+    window: Window | None = None,
     eps: float,
     orthogonalize: bool,
     recompute: bool,
@@ -67,14 +81,16 @@ def mix(
             DPG's, with a ReLU in it.
         w_g: (D,). g_r, g_h: (H, K).
         h0, M0, reset: as the operators'.
+        window: where the long-term memory is one; `M0` must be None then.
         eps: of the read-out's norms.
         orthogonalize: what reaches `h` through `Mixed.h` loses its part along what reaches it through `gated` (see `uboo.route`).
         recompute: keep neither addresses nor memories for the backward, which forms them again: 8 of 29 bytes a channel in bf16, with heads
             of 128.
     """
     gates = (*decay, *(context or (None,) * 4))
-    tensors = (fused, *(parts if fused is None else (None,) * _PARTS), log_alpha, *gates, w_g, g_r, g_h, h0, M0, reset)
-    return Mixed(*_Mix.apply(eps, orthogonalize, torch.is_grad_enabled() and not recompute, *tensors))
+    temperature, tokens, first = window or (None, 0, None)
+    tensors = (fused, *(parts if fused is None else (None,) * _PARTS), log_alpha, *gates, w_g, g_r, g_h, h0, M0, reset, temperature, first)
+    return Mixed(*_Mix.apply(eps, orthogonalize, tokens, torch.is_grad_enabled() and not recompute, *tensors))
 
 
 def _split(fused: Tensor, channels: int) -> tuple[Tensor, ...]:
@@ -122,8 +138,9 @@ def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, eps: float, orthogonalize: bool, keep: bool, fused: Tensor | None, *rest: Any) -> Any:
-        six, (log_alpha, W_in, b_in, W_out, out_bias, cW_in, cb_in, cW_out, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
+    def forward(ctx: Any, eps: float, orthogonalize: bool, window: int, keep: bool, fused: Tensor | None, *rest: Any) -> Any:
+        six, log_alpha, decay, context, (w_g, g_r, g_h, h0, M0, reset, *reads) = rest[:6], rest[6], rest[7:11], rest[11:15], rest[15:]
+        (W_in, b_in, W_out, out_bias), (cW_in, cb_in, cW_out, cout_bias) = decay, context
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
         heads = (g_r.shape[0], g_r.shape[1])
         relu = cW_in is None
@@ -132,21 +149,26 @@ class _Mix(torch.autograd.Function):
         gate_logits = (logits, out_bias, c_logits, cout_bias)
         h, h_last = gated_scan_from_logits(z, p, *gate_logits, w_g, h0, reset, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX)
         query, key, *scales = _addresses(q, k, h, heads)
-        memory = _ops.memory_scan_kept if keep else _ops.memory_scan
-        r, M_last, *memories = memory(query, key, v.unflatten(-1, heads), log_alpha, M0, reset, 1.0)
+        if window:
+            r, lse = _ops.window_attention(query, key, v.unflatten(-1, heads), log_alpha, *reads, window)
+            found, left = key, [lse]
+        else:
+            memory = _ops.memory_scan_kept if keep else _ops.memory_scan
+            r, found, *left = memory(query, key, v.unflatten(-1, heads), log_alpha, M0, reset, 1.0)
         gated = gated_read_out(r, h.unflatten(-1, heads), e.unflatten(-1, heads), g_r, g_h, eps).flatten(-2)
-        ctx.eps, ctx.orthogonalize = eps, orthogonalize
+        ctx.eps, ctx.orthogonalize, ctx.window = eps, orthogonalize, window
         ctx.set_materialize_grads(False)
-        kept = (query, key, *scales, *memories) if keep else (None,) * 5
+        kept = (query, key, *scales, *left) if keep else (None,) * 4 + ((*left,) if window else (None,))
         ctx.save_for_backward(fused, *rest, *gate, *c_gate, logits, c_logits, h, r, *kept)
-        return gated, h, h_last, M_last
+        return gated, h, h_last, found
 
     @staticmethod
-    def backward(ctx: Any, dgated: Tensor | None, dh: Tensor | None, dh_last: Tensor | None, dM_last: Tensor | None) -> Any:
+    def backward(ctx: Any, dgated: Tensor | None, dh: Tensor | None, dh_last: Tensor | None, dfound: Tensor | None) -> Any:
         refuse_second_order("a block", "build the loss from its operators' naive forms")
         fused, *rest = ctx.saved_tensors
-        rest, gate, c_gate, (logits, c_logits, h, r, query, key, *scales, memories) = rest[:-15], rest[-15:-12], rest[-12:-9], rest[-9:]
-        six, (log_alpha, W_in, *_, out_bias, cW_in, _, _, cout_bias, w_g, g_r, g_h, h0, M0, reset) = rest[:6], rest[6:]
+        rest, gate, c_gate, (logits, c_logits, h, r, query, key, *scales, left) = rest[:-15], rest[-15:-12], rest[-12:-9], rest[-9:]
+        six, log_alpha, decay, context, (w_g, g_r, g_h, h0, M0, reset, *reads) = rest[:6], rest[6], rest[7:11], rest[11:15], rest[15:]
+        (W_in, _, _, out_bias), (cW_in, _, _, cout_bias) = decay, context
         dfused = None if fused is None else torch.empty_like(fused)
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
         dq, dk, dv, dz, dp, de = parts = (
@@ -164,10 +186,19 @@ class _Mix(torch.autograd.Function):
         e_heads, de_heads = e.unflatten(-1, heads), de.unflatten(-1, heads)
         _ops.gated_read_out_bwd_out(dgated.unflatten(-1, heads), r, h_heads, e_heads, g_r, g_h, ctx.eps, dr, dm, de_heads, dg_r, dg_h)
         dlog_alpha, dh_out = torch.empty_like(log_alpha), torch.empty_like(h)
-        state = h.new_empty((h.shape[0], heads[0], heads[1], heads[1]), dtype=wide) if M0 is None else torch.empty_like(M0)
-        memory = (query, key, v.unflatten(-1, heads), log_alpha, M0, reset, 1.0, memories, *scales, dm)
-        dq_heads, dk_heads, dv_heads = (gradient.unflatten(-1, heads) for gradient in (dq, dk, dv))
-        _ops.addressed_memory_bwd_out(dr, dM_last, *memory, dq_heads, dk_heads, dv_heads, dlog_alpha, state, dh_out.unflatten(-1, heads))
+        addressed = (query, key, v.unflatten(-1, heads), log_alpha)
+        dq_heads, dk_heads, dv_heads, dh_heads = (gradient.unflatten(-1, heads) for gradient in (dq, dk, dv, dh_out))
+        dM0, dtemperature = None, None
+        if ctx.window:
+            dquery, dkey, dtemperature = torch.empty_like(query), torch.empty_like(key), torch.empty_like(reads[0])
+            _ops.window_attention_bwd_out(dr, r, left, *addressed, *reads, ctx.window, dquery, dkey, dv_heads, dlog_alpha, dtemperature)
+            dkey = dkey if dfound is None else dkey + dfound
+            q_heads, k_heads = q.unflatten(-1, heads), k.unflatten(-1, heads)
+            _ops.memory_address_bwd_out(dquery, dkey, q_heads, k_heads, h_heads, dq_heads, dk_heads, dh_heads, dm)
+        else:
+            dM0 = h.new_empty((h.shape[0], heads[0], heads[1], heads[1]), dtype=wide) if M0 is None else torch.empty_like(M0)
+            memory = (*addressed, M0, reset, 1.0, left, *scales, dm)
+            _ops.addressed_memory_bwd_out(dr, dfound, *memory, dq_heads, dk_heads, dv_heads, dlog_alpha, dM0, dh_heads)
         if dh is not None:
             dh_out = dh_out + (uboo.project_out(dh, dh_out) if ctx.orthogonalize else dh)
         dlogits, dout_bias, dw_g = torch.empty_like(logits), torch.empty_like(out_bias), torch.empty_like(w_g)
@@ -175,10 +206,10 @@ class _Mix(torch.autograd.Function):
         dh0 = h.new_empty(h[:, 0].shape, dtype=wide) if h0 is None else torch.empty_like(h0)
         scan = (z, p, logits, out_bias, c_logits, cout_bias, w_g, h0, reset, LOG_GAMMA_MIN, LOG_GAMMA_MAX)
         _ops.gated_scan_from_logits_bwd_out(dh_out, dh_last, h, *scan, dz, dp, dlogits, dout_bias, dc_logits, dcout_bias, dw_g, dh0)
-        decay = (*_gate_backward(dlogits, _Hidden(*gate), z, dz, relu, W_in.dtype), dout_bias)
-        context: tuple[Tensor | None, ...] = (None,) * 4
+        ddecay = (*_gate_backward(dlogits, _Hidden(*gate), z, dz, relu, W_in.dtype), dout_bias)
+        dcontext: tuple[Tensor | None, ...] = (None,) * 4
         if dc_logits is not None:
-            context = (*_gate_backward(dc_logits, _Hidden(*c_gate), k, dk, relu, W_in.dtype), dcout_bias)
+            dcontext = (*_gate_backward(dc_logits, _Hidden(*c_gate), k, dk, relu, W_in.dtype), dcout_bias)
         projections = (dfused, *(parts if fused is None else (None,) * _PARTS))
-        states = (None if h0 is None else dh0, None if M0 is None else state, None)
-        return None, None, None, *projections, dlog_alpha, *decay, *context, dw_g, dg_r, dg_h, *states
+        states = (None if h0 is None else dh0, None if M0 is None else dM0, None)
+        return (None,) * 4 + (*projections, dlog_alpha, *ddecay, *dcontext, dw_g, dg_r, dg_h, *states, dtemperature, None)

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from mmrec.blocks.composition import compose
 from mmrec.blocks.hem import FusedProjections, SeparateProjections, fuse, unfuse
 from mmrec.blocks.linear import add_linear, is_hooked, is_plain
-from mmrec.blocks.mixer import mix
+from mmrec.blocks.mixer import Window, mix
 from mmrec.blocks.residual import RMSNorm
 from mmrec.blocks.swiglu import SwiGLU
 from mmrec.config import MMRecConfig, config_from_fields
 from mmrec.core import uboo
 from mmrec.core.decay import Float32Parameters, HeadDecay
 from mmrec.core.mdi import MDI
-from mmrec.core.memory import BlockState
+from mmrec.core.memory import BlockState, no_matrix
+from mmrec.ops.window_attention import first_visible, next_state
 
 _MEMORY_GAIN = 0.1  # the long-term memory earns its weight: at full weight from the first step it did harm
 _WINDOW_GAIN = 1.0
@@ -158,13 +159,17 @@ class MMRecBlock(nn.Module):
         self, normed: Tensor, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, planned: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, BlockState]:
         """Gated read-out, z, `h`, `h` as the planning target sees it, and the last state: the operators in one function."""
-        if not self.config.state_gate or self.has_window:
+        if not self.config.state_gate or (self.has_window and state is not None):
             return self._composed(normed, log_alpha, state, reset, planned)
         whole, parts = self.projections.whole_and_parts(normed)
         decay, context = self.mdi.gates()
         h0, M0 = (None, None) if state is None else (state.h, state.M)
         orthogonalize = planned and self.config.orthogonalize
-        gated, h, h_last, M_last = mix(
+        tokens, window, first = self.config.window, None, None
+        if self.temperature is not None:
+            first = first_visible(normed, tokens, None, reset)
+            window = Window(self.temperature(), tokens, first)
+        gated, h, h_last, memory = mix(
             whole,
             parts,
             log_alpha,
@@ -176,11 +181,16 @@ class MMRecBlock(nn.Module):
             h0,
             M0,
             reset,
+            window=window,
             eps=self.config.norm_eps,
             orthogonalize=orthogonalize,
             recompute=self.config.activation_checkpointing == "selective",
         )
-        return gated, parts.z, h, h, BlockState(h_last, M_last)
+        if window is None:
+            return gated, parts.z, h, h, BlockState(h_last, memory)
+        values = parts.v.unflatten(-1, (self.config.heads, self.config.head_dim))
+        after = BlockState(h_last, no_matrix(memory), None, next_state(memory, values, log_alpha, first, tokens))
+        return gated, parts.z, h, h, after
 
     def _composed(
         self, normed: Tensor, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, planned: bool

@@ -62,6 +62,12 @@ def init_state(
     return BlockState(h, M, None, WindowState(k, v, log_alpha, torch.zeros(tokens, device=device, dtype=torch.bool)))
 
 
+def no_matrix(heads_BTHV: Tensor) -> Tensor:
+    """`M` of a layer that has a window, (B, H, 0, V) fp32 or wider."""
+    batch, _, heads, width = heads_BTHV.shape
+    return heads_BTHV.new_empty((batch, heads, 0, width), dtype=torch.promote_types(heads_BTHV.dtype, torch.float32))
+
+
 def detach_state(state: BlockState) -> BlockState:
     """The same values without their history: where truncated backpropagation through time cuts."""
     planning = None if state.planning is None else state.planning.detach()

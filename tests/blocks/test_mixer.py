@@ -38,17 +38,18 @@ def make_block(**fields: Any) -> MMRecBlock:
     return block
 
 
-def run(block: MMRecBlock, carried: bool, planned: bool) -> list[Tensor]:
+def run(block: MMRecBlock, carried: bool, planned: bool, reset: Tensor | None = None) -> list[Tensor]:
     """Outputs and the gradients of everything, of random projections of all outputs."""
     torch.manual_seed(4)
     x = torch.randn(B, T, D, dtype=torch.float64, requires_grad=True)
-    state, reset = None, None
+    state = None
     if carried:
         state = BlockState(torch.randn(B, D).double().requires_grad_(), torch.randn(B, H, D // H, D // H).double().requires_grad_())
         reset = torch.rand(B, T) < 0.2
     outputs = block(x, state=state, reset=reset, return_auxiliary_loss=planned, return_state=True)
     y, after = outputs[0], outputs[-1]
-    results = [y, after.h, after.M, *([outputs[1].mean(), after.planning] if planned else [])]
+    memory = [after.M] if after.window is None else [tensor for tensor in after.window if tensor.is_floating_point()]
+    results = [y, after.h, *memory, *([outputs[1].mean(), after.planning] if planned else [])]
     leaves = [x, *(p for p in block.parameters() if p.requires_grad), *([state.h, state.M] if state else [])]
     gradients = torch.autograd.grad(results, leaves, [torch.randn_like(r) for r in results], allow_unused=True)
     return [*results, *(g for g in gradients if g is not None)]
@@ -64,6 +65,24 @@ def test_fused_equals_composed(use_hem: bool, use_dpg: bool, planned: bool, orth
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(MMRecBlock, "_mixed", MMRecBlock._composed)
         expected = run(block, carried, planned)
+    assert len(actual) == len(expected) > 20
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("use_hem", [True, False])
+@pytest.mark.parametrize(("planned", "orthogonalize"), [(False, False), (True, True)])
+@pytest.mark.parametrize("documents", [True, False])
+@pytest.mark.parametrize("recompute", ["selective", False])
+def test_with_a_window_fused_equals_composed(use_hem: bool, planned: bool, orthogonalize: bool, documents: bool, recompute: Any) -> None:
+    options = {"use_uboo": planned, "orthogonalize": orthogonalize, "activation_checkpointing": recompute}
+    block = make_block(use_hem=use_hem, window_every=1, window=5, **options)
+    assert block.has_window
+    reset = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.2 if documents else None
+    actual = run(block, False, planned, reset)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(MMRecBlock, "_mixed", MMRecBlock._composed)
+        expected = run(block, False, planned, reset)
     assert len(actual) == len(expected) > 20
     for ours, theirs in zip(actual, expected, strict=True):
         assert_same(ours, theirs)
