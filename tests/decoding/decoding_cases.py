@@ -29,7 +29,13 @@ def network(**options: Any) -> MMRecModel:
 
 def random_state(model: MMRecModel, batch: int) -> list[BlockState]:
     """A state as some text might have left it."""
-    return [BlockState(torch.randn_like(own.h), torch.randn_like(own.M)) for own in model.init_state(batch)]
+    state = model.init_state(batch)
+    for own in state:
+        for tensor in own.kept():
+            tensor.copy_(torch.randn_like(tensor) if tensor.is_floating_point() else torch.ones_like(tensor))
+        if own.window is not None:
+            own.window.log_alpha.abs_().neg_()
+    return state
 
 
 def tokens(model: MMRecModel, batch: int, steps: int) -> list[torch.Tensor]:

@@ -11,7 +11,10 @@ from mmrec.decoding import Decoder, decoder, support
 from mmrec.decoding.support import unsupported
 
 
-@pytest.mark.parametrize("options", [{}, {"use_hem": False}, {"use_dpg": True}], ids=["HEM", "six", "DPG"])
+OPTIONS = {"HEM": {}, "six": {"use_hem": False}, "DPG": {"use_dpg": True}, "window": {"window_every": 2, "window": 4}}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("batch", [1, 5])
 def test_steps_are_the_networks_own(options: dict[str, Any], batch: int) -> None:
     model = network(model_dim=16, num_heads=2, num_layers=2, **options)
@@ -20,8 +23,8 @@ def test_steps_are_the_networks_own(options: dict[str, Any], batch: int) -> None
     logits, after = decoded(Decoder(model, batch, fused=False), state, given)
     assert_same(torch.stack(logits), torch.stack(expected), limit=0.0)
     for found, wanted in zip(after, expected_state, strict=True):
-        assert_same(found.h, wanted.h, limit=0.0)
-        assert_same(found.M, wanted.M, limit=0.0)
+        for ours, theirs in zip(found.kept(), wanted.kept(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 def test_a_float64_network_keeps_its_precision() -> None:
@@ -47,6 +50,7 @@ def test_why_the_fused_step_would_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert unsupported(model, 4) == ""
     assert unsupported(network(model_dim=16, num_heads=2).bfloat16(), 4) == ""
     assert "5 sequences" in unsupported(model, 5)
+    assert unsupported(network(model_dim=16, num_heads=2, window_every=1), 1) == "layers with a window"
     assert "use_hem" in unsupported(network(model_dim=16, num_heads=2, use_hem=False), 1)
     assert "1024 channels" in unsupported(network(model_dim=1024, num_heads=1), 1)
     assert "torch.float64" in unsupported(network(model_dim=16).double(), 1)
@@ -67,7 +71,7 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (used.fused, used.reason) == (False, "the reason")
     with pytest.raises(ValueError, match="state has 1 layers, the network 2"):
         used.load(model.init_state(2)[:1])
-    with pytest.raises(ValueError, match=r"state has h \(3, 16\)"):
+    with pytest.raises(ValueError, match=r"state has h, M and a window's tensors of \[\(3, 16\)"):
         used.load(model.init_state(3))
     used.close()
     with pytest.raises(RuntimeError, match="closed"):
