@@ -10,7 +10,6 @@ from support import assert_same
 from mmrec.decoding import Decoder, decoder, support
 from mmrec.decoding.support import unsupported
 
-
 OPTIONS = {"HEM": {}, "six": {"use_hem": False}, "DPG": {"use_dpg": True}, "window": {"window_every": 2, "window": 4}}
 
 
