@@ -122,6 +122,15 @@ def studies() -> dict[str, Study]:
             validations=50,
         ),
         Study(
+            name="protocol",
+            what="… and at its effective batch of 128 sequences: 381 steps",
+            arms=PROTOCOL_ARMS,
+            steps=381,
+            batch=(16, 8),
+            learning_rates=(3e-4,),
+            seeds=(0, 1, 2),
+        ),
+        Study(
             name="finalist",
             what="the network beside a Transformer++ at 120 M, one pass of 98 M tokens",
             arms=(DEFAULT, "transformer++"),
@@ -130,7 +139,8 @@ def studies() -> dict[str, Study]:
             seeds=(0, 1, 2),
         ),
     )
-    return {study.name: study for study in found}
+    # Both forms of the protocol are one study in the rows.
+    return {study.name if study.batch[1] == 1 else f"{study.name}_128": study for study in found}
 
 
 def quick(study: Study, folder: Path) -> Study:

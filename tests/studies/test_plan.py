@@ -18,6 +18,11 @@ def test_the_protocol_is_the_founding_documents() -> None:
     assert [run.seed for run in runs] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
 
 
+def test_its_other_form_is_the_effective_batch_of_128() -> None:
+    runs = studies()["protocol_128"].runs()
+    assert {(run.study, run.steps, run.batch_tokens, run.learning_rate) for run in runs} == {("protocol", 381, 128 * 2048, 3e-4)}
+
+
 def test_arms_rates_and_seeds_are_all_combined() -> None:
     study = Study(name="lr_grid", what="", arms=("mm-rec", "transformer++"), learning_rates=(1e-3, 2e-3), seeds=(0, 1), tokens_m=1.0)
     runs = study.runs()
