@@ -88,8 +88,9 @@ def choose_gpu(worker: int) -> None:
         torch.cuda.set_device(worker % torch.cuda.device_count())
 
 
-def run_all(runs: Sequence[Run], file: StudyFile, workers: int) -> list[str]:
-    """Train all runs, writing each row as it comes; what failed, a line each."""
+def run_all(runs: Sequence[Run], file: StudyFile, per_gpu: int) -> list[str]:
+    """Train all runs, `per_gpu` side by side on each GPU, writing each row as it comes; what failed, a line each."""
+    workers = per_gpu * torch.cuda.device_count() if torch.cuda.is_available() else 0
     failures: list[str] = []
     done = 0
 
@@ -100,8 +101,8 @@ def run_all(runs: Sequence[Run], file: StudyFile, workers: int) -> list[str]:
             failures.append(f"{run.title}: {result.reason}")
             print(f"[{done}/{len(runs)}] {failures[-1]}", flush=True)
             return
-        file.add(*result)
-        row = result.row
+        row = result.row | {"side_by_side": per_gpu}
+        file.add(row, result.curves)
         print(f"[{done}/{len(runs)}] {run.title}: {row['val_loss']:.4f} nats, {row['seconds']:.0f} s", flush=True)
 
     map_in_processes(train, runs, workers, _LONGEST, initialize=choose_gpu, on_result=keep)
@@ -124,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures: list[str] = []
         if not options.plot_only:
             runs = chosen(options, Path(folder)).runs()
-            workers = options.workers_per_gpu * torch.cuda.device_count() if torch.cuda.is_available() else 0
-            failures = run_all(runs, file, workers)
+            failures = run_all(runs, file, options.workers_per_gpu)
         print(summary(file.rows))
         for line in [*file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"]:
             print(line)

@@ -116,10 +116,5 @@ def summary(rows: Sequence[Row]) -> str:
             spread = f" ({min(losses):.4f} … {max(losses):.4f}, {len(losses)} seeds)" if len(losses) > 1 else ""
             steps = [row["steps_to_baseline"] for row in found if row["steps_to_baseline"] is not None]
             to_baseline = f", at the baseline's loss after {statistics.fmean(steps):,.0f}" if steps else ""
-            lines.append(f"  {statistics.fmean(losses):.4f}{spread}  {title}, {first_of(found, 'params_m')} M{to_baseline}")
+            lines.append(f"  {statistics.fmean(losses):.4f}{spread}  {title}, {found[0]['params_m']} M{to_baseline}")
     return "\n".join(lines)
-
-
-def first_of(rows: Sequence[Row], name: str) -> Any:
-    """A column of the first row."""
-    return rows[0].get(name)
