@@ -131,7 +131,7 @@ def queries_kernel(
         tl.store(parts_ptr + (batch * blocks + block) * H + head, tl.sum(dtemperature - others * own, 0))
 
 
-@triton.jit(do_not_specialize=["T", "S", "window", "blocks"])
+@triton.jit(do_not_specialize=["T", "S", "window"])
 def keys_kernel(
     q_ptr,
     k_ptr,
