@@ -59,6 +59,15 @@ def test_gates_near_their_ends(setting: Setting, time: int, gates: str) -> None:
     assert_equal_to_the_loop(setting, draw(setting, time, 21, gates=gates), gates)
 
 
+@in_settings([(INTERPRETED_LOW[0], 37), (INTERPRETED_LOW[1], 37), (GPU_LOW[0], 130), (GPU_LOW[1], 130)])
+def test_what_a_narrow_read_out_cannot_say(setting: Setting, time: int) -> None:
+    """Where a token sees itself but for e^-6, what is left of dS on the diagonal is less than the rounding of r, from which δ is formed."""
+    drawn = draw(setting, time, 21)
+    for name in ("log_alpha", "state_log_alpha"):
+        drawn.inputs[name].fill_(-6.0)
+    assert_equal_to_the_loop(setting, drawn)
+
+
 @given
 @in_settings(
     [
