@@ -16,6 +16,7 @@ from triton.runtime import interpreter
 SHARED_MEMORY = {80: 166_912, 90: 232_448}  # bytes a program may use, by architecture
 _TYPES = {
     torch.uint8: "*u8",
+    torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

@@ -10,10 +10,12 @@ import torch
 from cases import CASES, GATED_LOGITS, Case, definition, launchers
 
 import mmrec.ops
-from mmrec.ops import sums, tuning
+from mmrec.ops import sums, tuning, window_attention
 from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.memory_address import kernels as address_kernels
 from mmrec.ops.memory_scan import addressed, chaining
+from mmrec.ops.window_attention import launchers as window_launchers
+from mmrec.ops.window_attention import operator as window_operator
 
 TABLES = sorted((Path(mmrec.ops.__file__).parent / "tables").glob("*.json"))
 Asked = set[tuple[str, str]]
@@ -39,8 +41,10 @@ def look_ups(fused: int, monkeypatch: pytest.MonkeyPatch) -> Asked:
         options = look_up(kernel, shape_class, device)
         return {**options, "fused": fused} if "fused" in options else options
 
-    monkeypatch.setattr(addressed, "runs_kernel", lambda *_: True)
-    for shared in (sums, chaining, decay_kernels, address_kernels):
+    for module in (addressed, window_operator):
+        monkeypatch.setattr(module, "runs_kernel", lambda *_: True)
+    monkeypatch.setattr(window_launchers, "launch_options", remember)
+    for shared in (sums, chaining, decay_kernels, address_kernels, window_launchers):
         monkeypatch.setattr(shared, "launch", lambda kernel, tensors, prepare, *constants: prepare())
     for case in CASES:
         monkeypatch.setattr(definition(case.name), "runs_kernel", lambda *_: True)
@@ -69,6 +73,14 @@ def run_addressed(dtype: torch.dtype, B: int, T: int, H: int, K: int, V: int) ->
     addressed.addressed_memory_bwd_out(dr, None, q, k, v, log_alpha, None, None, 1.0, None, q_scale, k_scale, h, *outputs)
 
 
+def run_window(dtype: torch.dtype, B: int, T: int, H: int, K: int, V: int) -> None:
+    """A window's attention, likewise."""
+    q, k = (torch.empty(B, T, H, K, dtype=dtype, requires_grad=True) for _ in range(2))
+    v, log_alpha, temperature = torch.empty(B, T, H, V, dtype=dtype), torch.empty(B, T, H), torch.empty(H)
+    r, _ = window_attention(q, k, v, log_alpha, temperature, 100)
+    torch.autograd.grad(r, [q, k], torch.empty_like(r))
+
+
 def run_all_shape_classes() -> None:
     """Every operator in shapes of all its classes."""
     for case, dtype in itertools.product(CASES, (torch.float32, torch.bfloat16, torch.float16)):
@@ -82,6 +94,7 @@ def run_all_shape_classes() -> None:
                 run(case, dtype, options, B=B, T=T, **width)
                 if wide:
                     run_addressed(dtype, B=B, T=T, **width)
+                    run_window(dtype, B=B, T=T, **width)
 
 
 def test_a_table_holds_what_launchers_ask_for_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:

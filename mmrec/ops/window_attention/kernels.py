@@ -14,11 +14,7 @@ from mmrec.ops.primitives import LOG2E
 @triton.jit
 def first_visible(first_ptr, row, past, window, T):
     """The first key that each query sees: given, or the window's first, which may lie before the first key."""
-    if first_ptr is None:
-        first = past + row - (window - 1)
-    else:
-        first = tl.load(first_ptr + row, mask=row < T, other=0)
-    return first
+    return past + row - (window - 1) if first_ptr is None else tl.load(first_ptr + row, mask=row < T, other=0)
 
 
 @triton.jit
@@ -70,10 +66,7 @@ def inner_products(
 @triton.jit
 def begin_of_keys(first_ptr, row, past, window, BN: tl.constexpr):
     """Where the walk over the keys begins of queries from `row` on: what later ones see begins later."""
-    if first_ptr is None:
-        begin = tl.maximum(past + row - (window - 1), 0)
-    else:
-        begin = tl.load(first_ptr + row)
+    begin = tl.maximum(past + row - (window - 1), 0) if first_ptr is None else tl.load(first_ptr + row)
     return begin // BN * BN
 
 
@@ -144,9 +137,7 @@ def forward_kernel(
         key = n0 + tl.arange(0, BN)
         k = load_rows(k_ptr, n0, k_stride_t, k_stride_k, S, 0, K, BN, BK).to(DOT)
         v = load_rows(v_ptr, n0, v_stride_t, v_stride_v, S, v0, V, BN, BV).to(DOT)
-        products = inner_products(
-            q, k, q_ptr, k_ptr, row0, n0, q_stride_t, q_stride_k, k_stride_t, k_stride_k, T, S, K, BM, BN, BK, DOT
-        )
+        products = inner_products(q, k, q_ptr, k_ptr, row0, n0, q_stride_t, q_stride_k, k_stride_t, k_stride_k, T, S, K, BM, BN, BK, DOT)
         c_key = load_decays(c_ptr, key, anchor, S)
         scores = scores_of(products, temperature, c_query[:, None], c_key[None, :], (past + row)[:, None], first[:, None], key[None, :])
         larger = tl.maximum(largest, tl.max(scores, 1))

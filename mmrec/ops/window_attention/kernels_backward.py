@@ -104,12 +104,8 @@ def queries_kernel(
         key = n0 + tl.arange(0, BN)
         k = load_rows(k_ptr, n0, k_stride_t, k_stride_k, S, k0, K, BN, BK).to(DOT)
         v = load_rows(v_ptr, n0, v_stride_t, v_stride_v, S, 0, V, BN, BV).to(DOT)
-        products = inner_products(
-            q, k, q_ptr, k_ptr, row0, n0, q_stride_t, q_stride_k, k_stride_t, k_stride_k, T, S, K, BM, BN, BK, DOT
-        )
-        dP = inner_products(
-            dr, v, dr_ptr, v_ptr, row0, n0, dr_stride_t, dr_stride_v, v_stride_t, v_stride_v, T, S, V, BM, BN, BV, DOT
-        )
+        products = inner_products(q, k, q_ptr, k_ptr, row0, n0, q_stride_t, q_stride_k, k_stride_t, k_stride_k, T, S, K, BM, BN, BK, DOT)
+        dP = inner_products(dr, v, dr_ptr, v_ptr, row0, n0, dr_stride_t, dr_stride_v, v_stride_t, v_stride_v, T, S, V, BM, BN, BV, DOT)
         c_key = load_decays(c_ptr, key, anchor, S)
         token = (past + row)[:, None]
         scores = scores_of(products, temperature * LOG2E, c_query[:, None], c_key[None, :], token, first[:, None], key[None, :])
@@ -135,7 +131,7 @@ def queries_kernel(
         tl.store(parts_ptr + (batch * blocks + block) * H + head, tl.sum(dtemperature - others * own, 0))
 
 
-@triton.jit(do_not_specialize=["T", "S", "window", "blocks"])
+@triton.jit(do_not_specialize=["T", "S", "window"])
 def keys_kernel(
     q_ptr,
     k_ptr,
@@ -232,12 +228,8 @@ def keys_kernel(
         row = row0 + tl.arange(0, BM)
         q = load_rows(q_ptr, row0, q_stride_t, q_stride_k, T, k0, K, BM, BK).to(DOT)
         dr = load_rows(dr_ptr, row0, dr_stride_t, dr_stride_v, T, v0, V, BM, BV).to(DOT)
-        products = inner_products(
-            k, q, k_ptr, q_ptr, n0, row0, k_stride_t, k_stride_k, q_stride_t, q_stride_k, S, T, K, BN, BM, BK, DOT
-        )
-        dP = inner_products(
-            v, dr, v_ptr, dr_ptr, n0, row0, v_stride_t, v_stride_v, dr_stride_t, dr_stride_v, S, T, V, BN, BM, BV, DOT
-        )
+        products = inner_products(k, q, k_ptr, q_ptr, n0, row0, k_stride_t, k_stride_k, q_stride_t, q_stride_k, S, T, K, BN, BM, BK, DOT)
+        dP = inner_products(v, dr, v_ptr, dr_ptr, n0, row0, v_stride_t, v_stride_v, dr_stride_t, dr_stride_v, S, T, V, BN, BM, BV, DOT)
         first = first_visible(first_ptr, row, past, window, T)
         c_query = load_decays(c_ptr, past + row, anchor, S)
         token = (past + row)[None, :]

@@ -1,4 +1,4 @@
-"""Which kernels of `window_attention` run, and with what: nothing of a head's width is copied, every tensor goes in with its own strides."""
+"""Which kernels of `window_attention` run, and with what: nothing as wide as a head is copied, all goes in with its own strides."""
 
 from typing import Any
 

@@ -100,9 +100,7 @@ _ARGUMENTS = "Tensor q, Tensor k, Tensor v, Tensor log_alpha, Tensor temperature
 # The scores' log-sum-exp, a number a query, leaves beside the read-out for the backward.
 window_attention_op = register(f"window_attention({_ARGUMENTS}) -> (Tensor, Tensor)", _forward, _forward_fake)
 _INPUTS = f"Tensor dr, Tensor r, Tensor lse, {_ARGUMENTS}"
-window_attention_bwd = register(
-    f"window_attention_bwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake
-)
+window_attention_bwd = register(f"window_attention_bwd({_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _backward, _backward_fake)
 window_attention_bwd_out = register(
     f"window_attention_bwd_out({_INPUTS}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) dlog_alpha, "
     "Tensor(e!) dtemperature) -> ()",

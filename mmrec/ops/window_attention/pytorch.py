@@ -46,9 +46,8 @@ class _Scores:
         """`⟨q_t, k_j⟩`; the scores, −∞ where t does not see j; and whether j is t."""
         products = self.q[:, :, rows] @ self.k[:, :, columns].mT
         token, key = self.token[rows, None], torch.arange(columns.start, columns.stop, device=products.device)
-        # Sums from a token nearby, whose differences then are as exact as fp32 can hold them; the last columns are the queries' own.
-        c = (self.c[..., columns] - self.c[..., columns.stop - 1 : columns.stop]).to(self.dtype)
-        decay = c[..., rows.start - rows.stop :].unsqueeze(-1) - c.unsqueeze(-2)
+        c = self.c[..., columns]  # the last of them are the queries' own
+        decay = (c[..., rows.start - rows.stop :].unsqueeze(-1) - c.unsqueeze(-2)).to(self.dtype)
         visible = (key <= token) & (key >= self.first[:, rows].unsqueeze(-1))
         # Masked before the exponential: above the diagonal the difference is positive and would overflow.
         scores = (self.temperature * products + decay).masked_fill(~visible.unsqueeze(1), float("-inf"))
