@@ -20,14 +20,10 @@ import torch
 
 from mmrec.commandline.errors import BadInputError, one_line_errors
 from mmrec.commandline.plain_parser import PlainParser, output_file, whole_number
-from mmrec.measuring.failures import Failure
-from mmrec.measuring.processes import map_in_processes
 from mmrec.studies.plan import SIZES, Study, quick, studies
 from mmrec.studies.report import StudyFile, summary
-from mmrec.studies.runs import Run
-from mmrec.studies.training import train
-
-_LONGEST = 3600.0 * 24  # seconds a run may take
+from mmrec.studies.running import run_all, workers_for
+from mmrec.studies.training import Outcome, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -81,33 +77,6 @@ def chosen(options: argparse.Namespace, folder: Path) -> Study:
     return study
 
 
-def choose_gpu(worker: int) -> None:
-    """Called in a worker's process: workers take the GPUs in turn; one thread each, as the GPU does the work."""
-    torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(worker % torch.cuda.device_count())
-
-
-def run_all(runs: Sequence[Run], file: StudyFile, workers: int) -> list[str]:
-    """Train all runs, writing each row as it comes; what failed, a line each."""
-    failures: list[str] = []
-    done = 0
-
-    def keep(run: Run, result: Any) -> None:
-        nonlocal done
-        done += 1
-        if isinstance(result, Failure):
-            failures.append(f"{run.title}: {result.reason}")
-            print(f"[{done}/{len(runs)}] {failures[-1]}", flush=True)
-            return
-        file.add(*result)
-        row = result.row
-        print(f"[{done}/{len(runs)}] {run.title}: {row['val_loss']:.4f} nats, {row['seconds']:.0f} s", flush=True)
-
-    map_in_processes(train, runs, workers, _LONGEST, initialize=choose_gpu, on_result=keep)
-    return failures
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, write, draw, print.
 
@@ -121,11 +90,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         options = parser.parse_args(arguments)
         file = StudyFile(options.output)
+
+        def keep(outcome: Outcome) -> str:
+            file.add(*outcome)
+            return f"{outcome.row['val_loss']:.4f} nats, {outcome.row['seconds']:.0f} s"
+
         failures: list[str] = []
         if not options.plot_only:
-            runs = chosen(options, Path(folder)).runs()
-            workers = options.workers_per_gpu * torch.cuda.device_count() if torch.cuda.is_available() else 0
-            failures = run_all(runs, file, workers)
+            failures = run_all(train, chosen(options, Path(folder)).runs(), workers_for(options.workers_per_gpu), keep)
         print(summary(file.rows))
         for line in [*file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"]:
             print(line)

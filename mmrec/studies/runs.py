@@ -103,11 +103,6 @@ class Run:
         return row
 
 
-def identity(row: Row) -> tuple[Any, ...]:
-    """What two rows of one and the same run share."""
-    return tuple(row.get(name) for name in IDENTITY)
-
-
 def assemble(names: tuple[str, ...], **options: Any) -> dict[str, Any]:
     """The merged content of configs and of options given by their dotted names, `{"model.learning_rate": 1e-3}`."""
     content = deepcopy(merge([layer for name in names for layer in config_layers(name)]))
