@@ -1,6 +1,5 @@
 """The studies: which runs each is made of."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,7 @@ class Study:
         validations: how often the loss on held-out text is taken on the way.
         final_batches: of each held-out source at the end; None: all.
         options: of the configs, by their dotted names.
+        baseline_options: of baselines alone, by their dotted names.
     """
 
     name: str
@@ -51,6 +51,7 @@ class Study:
     validations: int = 20
     final_batches: int | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    baseline_options: dict[str, Any] = field(default_factory=dict)
 
     def runs(self) -> list[Run]:
         """All runs, seeds last: an interrupted study has whole comparisons."""
@@ -58,7 +59,7 @@ class Study:
         return [self._run(arm, rate, seed) for seed in self.seeds for arm in self.arms for rate in rates]
 
     def _run(self, arm: str, rate: float | None, seed: int) -> Run:
-        options = dict(self.options)
+        options = self.options | (self.baseline_options if arm in BASELINES else {})
         names = [f"study_{self.size}"]
         names += [f"{BASELINES[arm]}_{self.size}"] if arm in BASELINES else overlays_of(arm)
         if rate is not None:
@@ -145,13 +146,9 @@ def studies() -> dict[str, Study]:
 
 def quick(study: Study, folder: Path) -> Study:
     """A study on a CPU in a minute: the network of cpu_tiny, its built-in text, 60 steps, two seeds."""
+    sizes = {"model_dim": 64, "num_layers": 2, "ffn_dim": 128, "num_heads": 2, "vocab_size": 1024, "loss_chunk_size": 2048}
     options = {
-        "model.network.model_dim": 64,
-        "model.network.num_layers": 2,
-        "model.network.ffn_dim": 128,
-        "model.network.num_heads": 2,
-        "model.network.vocab_size": 1024,
-        "model.network.loss_chunk_size": 2048,
+        **{f"model.network.{name}": size for name, size in sizes.items()},
         "model.learning_rate": 3e-3,
         "model.warmup_steps": 5,
         "model.cuda_graph": False,
@@ -165,4 +162,14 @@ def quick(study: Study, folder: Path) -> Study:
             "cache_dir": str(folder),
         },
     }
-    return replace(study, steps=60, batch=(4, 1), learning_rates=(), seeds=(0, 1), validations=6, final_batches=8, options=study.options | options)
+    return replace(
+        study,
+        steps=60,
+        batch=(4, 1),
+        learning_rates=(),
+        seeds=(0, 1),
+        validations=6,
+        final_batches=8,
+        options=study.options | options,
+        baseline_options={f"baseline.{name}": size for name, size in sizes.items()},
+    )

@@ -69,7 +69,8 @@ class RecallStudy:
     def _heads(self, arm: str, width: int) -> list[int]:
         fitting = [width // head for head in self.head_widths if width % head == 0]
         if not fitting:
-            raise BadInputError(f"no head of {', '.join(map(str, self.head_widths))} channels divides a width of {width}; give --head-widths")
+            heads = ", ".join(map(str, self.head_widths))
+            raise BadInputError(f"no head of {heads} channels divides a width of {width}; give others with --head-widths")
         return fitting[:1] if arm == "transformer++" else fitting
 
     def _run(self, arm: str, width: int, heads: int, rate: float, seed: int) -> Run:
@@ -90,7 +91,7 @@ class RecallStudy:
         if arm in BASELINES:
             common = {name: network[name] for name in ("vocab_size", "num_layers", "loss_chunk_size")}
             content["baseline"] = {"kind": arm, **common, **sizes}
-        return Run(study=STUDY, variant=variant_of(arm), content=content, seed=seed, validations=1)
+        return Run(study=STUDY, variant=variant_of(arm), content=content, seed=seed, validations=1, sizes=f"D {width} H {heads}")
 
 
 def measure(run: Run) -> Row:

@@ -8,7 +8,7 @@ from typing import Any
 
 from mmrec.files import write_atomically
 from mmrec.measuring.results import read_rows
-from mmrec.studies.row_file import RowFile
+from mmrec.studies.row_file import RowFile, grouped
 from mmrec.studies.runs import IDENTITY, Row
 from mmrec.studies.statistics import steps_to
 
@@ -59,7 +59,7 @@ class StudyFile(RowFile):
 
     def _compare(self) -> None:
         """Fill `steps_to_baseline`: the step at which each run's held-out loss reaches what the baseline ends at, mean of its seeds."""
-        for rows in _grouped(self.rows, _SETTING):
+        for rows in grouped(self.rows, _SETTING):
             wanted = _AGAINST.get(rows[0]["study"], _NETWORK)
             ends = [
                 curve[-1][1]
@@ -77,20 +77,13 @@ class StudyFile(RowFile):
         except ImportError as error:
             return [f"no plots ({error}); pip install matplotlib, then --plot-only"]
         written = []
-        for rows in _grouped(self.rows, _SETTING):
+        for rows in grouped(self.rows, _SETTING):
             name = "_".join(str(part) for part in (self.path.stem, rows[0]["study"], rows[0]["steps"], rows[0]["batch_tokens"]))
             path = self.path.with_name(f"{name}.png")
             arms = {title: [self._curves.get(self.identity(row), {}) for row in found] for title, found in by_arm(rows).items()}
             draw_curves(path, f"{rows[0]['study']}: {rows[0]['steps']:,} steps of {rows[0]['batch_tokens']:,} tokens", arms)
             written.append(f"plot: {path}")
         return written
-
-
-def _grouped(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return list(groups.values())
 
 
 def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -105,7 +98,7 @@ def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def summary(rows: Sequence[Row]) -> str:
     """A table for the screen: a line an arm, with mean and range of its seeds, the lowest loss first."""
     lines = []
-    for group in _grouped(rows, _SETTING):
+    for group in grouped(rows, _SETTING):
         first = group[0]
         lines.append(f"{first['study']}: {first['steps']:,} steps of {first['batch_tokens']:,} tokens, {first['gpu']}")
         arms = sorted(by_arm(group).items(), key=lambda arm: statistics.fmean(row["val_loss"] for row in arm[1]))

@@ -1,4 +1,4 @@
-"""Rows of a study on disk."""
+"""Rows of a study: a file of them, groups of them."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -37,3 +37,11 @@ class RowFile:
     def write(self) -> None:
         """The whole file or nothing."""
         write_rows(self.path, self.rows)
+
+
+def grouped(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
+    """Rows that agree in some columns, in the order in which their values appear."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return list(groups.values())

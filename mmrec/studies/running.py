@@ -8,6 +8,7 @@ import torch
 from mmrec.measuring.failures import Failure
 from mmrec.measuring.processes import map_in_processes
 from mmrec.studies.runs import Run
+from mmrec.studies.training import check
 
 _LONGEST = 3600.0 * 24  # seconds a run may take
 
@@ -35,7 +36,12 @@ def run_all(measure: Callable[[Run], Any], runs: Sequence[Run], workers: int, ke
 
     Returns:
         What failed, a line each.
+
+    Raises:
+        ValueError, OSError: bad settings of any run, before the first is trained.
     """
+    for run in runs:
+        check(run)
     failures: list[str] = []
     done = 0
 

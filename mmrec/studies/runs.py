@@ -27,6 +27,7 @@ class Run:
         seed: of weights and data order.
         validations: how often the loss on held-out text is taken on the way, on a part of it.
         final_batches: of each held-out source at the end; None: all.
+        sizes: what else tells it from other runs of its study, for a line on the screen.
     """
 
     study: str
@@ -35,6 +36,7 @@ class Run:
     seed: int
     validations: int = 20
     final_batches: int | None = None
+    sizes: str = ""
 
     @property
     def is_baseline(self) -> bool:
@@ -72,7 +74,8 @@ class Run:
     @property
     def title(self) -> str:
         """For a line on the screen."""
-        return " ".join(filter(None, (self.study, self.model, self.variant or "", f"lr {self.learning_rate:g}", f"seed {self.seed}")))
+        parts = (self.study, self.model, self.variant or "", self.sizes, f"lr {self.learning_rate:g}", f"seed {self.seed}")
+        return " ".join(filter(None, parts))
 
     @property
     def learning_rate(self) -> float:

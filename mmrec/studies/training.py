@@ -1,4 +1,4 @@
-"""Training one run of a study: Lightning's Trainer around the module, data and callbacks that `fit` would use, with everything in memory."""
+"""Training one run of a study: Lightning's Trainer around the module, data and callbacks of `fit`, with everything in memory."""
 
 import logging
 import time
@@ -79,6 +79,16 @@ class Trained:
         network = self.module.network.to(device()).eval()  # the Trainer leaves it on the CPU
         with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
             yield network
+
+
+def check(run: Run) -> None:
+    """Refuse bad settings of a run's data and network before anything is trained.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, NotADirectoryError: one line, naming the thing and the remedy.
+    """
+    _data(run).check()
+    run.network  # noqa: B018
 
 
 def fit(run: Run) -> Trained:
