@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from gated_shadow import along_its_states
 from operator_cases import OPERATORS, Shape, Timing, channel_slice, draw, in_float64, name_of, run, slices
-from mmrec.measuring.processes import map_in_processes
 from torch import Tensor
 
 from mmrec.measuring.failures import Failure
 from mmrec.measuring.machine import device
+from mmrec.measuring.processes import map_in_processes
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 # ‖a − b‖ / ‖b‖ a tensor; a bf16 gradient of an fp32 computation is held to what bf16 can hold.

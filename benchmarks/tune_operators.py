@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 from operator_cases import Timing, moved_bytes
-from processes import map_in_processes
 from tuning_shapes import Forced, Kernels, Key, Options, Prepared, compile_one, is_plan, rows_read, tuned_shapes, using
 
 from mmrec.commandline.plain_parser import PlainParser
@@ -27,6 +26,7 @@ from mmrec.files import write_atomically
 from mmrec.measuring.clocks import median_ms, replayed_ms
 from mmrec.measuring.failures import Failure, guarded, reason_of
 from mmrec.measuring.machine import device, machine, short_name
+from mmrec.measuring.processes import map_in_processes
 from mmrec.ops import tuning
 
 CANDIDATES = Path(__file__).parent / "tuning_candidates.json"

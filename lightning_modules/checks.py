@@ -71,7 +71,7 @@ def check_vocabulary(data_vocab_size: int | None, vocab_size: int) -> None:
 
 
 def check_checkpoint_shapes(checkpoint: Mapping[str, Any], module: nn.Module, configuration: Mapping[str, Any]) -> None:
-    """Raise ValueError where a checkpoint's parameters do not fit, naming the first that does not.
+    """Raise ValueError where a checkpoint's parameters do not fit, naming the first that does not, or would mean something else.
 
     Args:
         checkpoint: what Lightning loaded, with `state_dict` and, from this project, `hyper_parameters["network"]`.
@@ -89,6 +89,12 @@ def check_checkpoint_shapes(checkpoint: Mapping[str, Any], module: nn.Module, co
         else:
             continue
         raise ValueError(f"the checkpoint is of another network: {fault}; {_remedy(checkpoint, configuration)}")
+    theirs = checkpoint.get("hyper_parameters", {}).get("network", {})
+    scale = theirs.get("embedding_scale", 1.0)  # there was none before it had a field
+    if theirs and scale != configuration.get("embedding_scale", scale):
+        wanted = "null" if scale is None else f"{scale:g}"
+        fault = f"its embedding is scaled otherwise; set model.network.embedding_scale={wanted}"
+        raise ValueError(f"the checkpoint is of another network: {fault}")
 
 
 def _remedy(checkpoint: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:

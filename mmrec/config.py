@@ -1,5 +1,6 @@
 """The network's configuration: sizes and mechanisms, checked before anything is built. No optimiser, no paths."""
 
+import math
 import warnings
 from dataclasses import dataclass, fields
 from typing import Any, Literal
@@ -33,6 +34,8 @@ class MMRecConfig:
         planning_reduction: how the layers' losses are joined, "sum" or "mean".
         orthogonalize: remove from the planning error's gradient, token by token, its part along the main gradient.
         tie_embeddings: the output head shares the embedding's weight.
+        embedding_scale: what the embedding is multiplied by where it enters the stream. None: √D, so that it starts about as large as what
+            the blocks add to it.
         norm_eps: ε of every RMSNorm.
         initializer_range: standard deviation of the weights at the start.
         loss_chunk_size: tokens whose logits exist at a time in the training loss.
@@ -59,6 +62,7 @@ class MMRecConfig:
     planning_reduction: Literal["sum", "mean"] = "sum"
     orthogonalize: bool = False
     tie_embeddings: bool = True
+    embedding_scale: float | None = None
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
     loss_chunk_size: int = 2048
@@ -86,9 +90,10 @@ class MMRecConfig:
             raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; choose one of true, false, selective")
         if not 0 <= self.lambda_P < float("inf"):
             raise ValueError(f"lambda_P is {self.lambda_P}; give a finite weight of at least 0")
-        for name in ("norm_eps", "initializer_range"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} is {getattr(self, name)}; give a finite number above 0")
+        for name in ("norm_eps", "initializer_range", "embedding_scale"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value}; give a finite number above 0")
 
     @property
     def heads(self) -> int:
@@ -106,6 +111,11 @@ class MMRecConfig:
         if self.ffn_dim is not None:
             return self.ffn_dim
         return max(1, round(8 * self.model_dim / 3 / _FFN_MULTIPLE)) * _FFN_MULTIPLE
+
+    @property
+    def input_scale(self) -> float:
+        """The embedding's scale, with the default filled in."""
+        return self.embedding_scale if self.embedding_scale is not None else math.sqrt(self.model_dim)
 
     @property
     def pe_width(self) -> int:

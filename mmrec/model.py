@@ -267,7 +267,7 @@ class MMRecModel(nn.Module):
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         """The start of the residual stream, (B, T, D); under autocast in its dtype: fp32 would move twice the bytes everywhere."""
-        x: Tensor = self.embedding(input_ids)
+        x: Tensor = self.embedding(input_ids) * self.config.input_scale
         kind = x.device.type
         return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
 

@@ -18,7 +18,9 @@ PROMPT = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 def model() -> MMRecModel:
     torch.manual_seed(0)
     # Larger weights than at the start of training, so that the most likely token depends on what was read.
-    return MMRecModel(vocab_size=50, model_dim=32, num_layers=2, num_heads=2, use_uboo=False, initializer_range=0.3).eval()
+    return MMRecModel(
+        vocab_size=50, model_dim=32, num_layers=2, num_heads=2, use_uboo=False, initializer_range=0.3, embedding_scale=1
+    ).eval()
 
 
 def tokens(model: MMRecModel, prompt: list[int] = PROMPT, **options: object) -> list[int]:

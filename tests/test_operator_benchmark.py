@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from mmrec.measuring import clocks
-from mmrec.measuring.failures import Failure
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 MODULES = (
@@ -20,7 +18,6 @@ MODULES = (
     "operator_cases",
     "operator_parity",
     "operator_peers",
-    "processes",
     "tune_operators",
     "tuning_shapes",
 )
@@ -166,16 +163,6 @@ def test_the_worst_value_counts_where_sums_are_in_float64(scripts: SimpleNamespa
     assert parity.pointwise(expected * torch.tensor([1.0, 1 + 5e-7, 0.0], dtype=torch.float64), expected) == pytest.approx(5e-7, rel=1e-3)
     assert parity.pointwise(expected + torch.tensor([0, 0, 2e-30]).double(), expected) == pytest.approx(2e-6)
     assert not parity.pointwise(expected * float("nan"), expected) <= 1e-6
-
-
-def test_errors_and_crashes_of_processes_are_results(scripts: SimpleNamespace) -> None:
-    assert scripts.processes.map_in_processes(int, ["5", "x"], workers=0, seconds=1) == [
-        5,
-        Failure("ValueError: invalid literal for int() with base 10: 'x'"),
-    ]
-    # Each item ends its process; the next one gets another.
-    found = scripts.processes.map_in_processes(os._exit, [7, 8], workers=1, seconds=60)
-    assert found == [Failure("its process died (exit code 7)"), Failure("its process died (exit code 8)")]
 
 
 def test_forced_options_replace_rows_of_their_kind_and_readings_are_noted(scripts: SimpleNamespace) -> None:

@@ -21,6 +21,7 @@ class BaselineConfig:
         max_length: the longest sequence, for the rotary embedding.
         norm_eps: ε of every RMSNorm.
         initializer_range: standard deviation of the weights at the start; the last weights of both branches start smaller by √(2L).
+        embedding_scale: what the embedding is multiplied by where it enters the stream.
         loss_chunk_size: tokens whose logits exist at a time in the training loss.
     """
 
@@ -33,6 +34,7 @@ class BaselineConfig:
     max_length: int = 2048
     norm_eps: float = 1e-6
     initializer_range: float = 0.02
+    embedding_scale: float = 1.0
     loss_chunk_size: int = 2048
 
     def __post_init__(self) -> None:

@@ -83,7 +83,7 @@ class BaselineModel(nn.Module):
         return LossOutput(main, main, zero, zero.expand(self.config.num_layers), count, {})
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
-        x: Tensor = self.embedding(input_ids)
+        x: Tensor = self.embedding(input_ids) * self.config.embedding_scale
         kind = x.device.type
         if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:  # the residual stream's dtype is MM-Rec's
             x = x.to(torch.get_autocast_dtype(kind))

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from mmrec.baselines.config import BaselineConfig
@@ -19,8 +20,6 @@ class _Layer(nn.Module):
         self.rotary = rotary  # shared, without parameters
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        import torch
-
         positions = torch.arange(x_BTD.shape[1], device=x_BTD.device).unsqueeze(0)
         output: Any = self.layer(x_BTD, attention_mask=None, position_embeddings=self.rotary(x_BTD, positions), use_cache=False)
         return output[0] if isinstance(output, tuple) else output

@@ -38,7 +38,7 @@ def network_config(checkpoint: Mapping[str, Any], path: Path) -> MMRecConfig:
     if not isinstance(fields, dict):
         raise ValueError(f"checkpoint {path} does not say which network it holds; it was not written by `fit`")
     try:
-        return MMRecConfig(**fields)
+        return MMRecConfig(**{"embedding_scale": 1.0, **fields})  # there was none before it had a field
     except TypeError as error:
         raise ValueError(f"checkpoint {path} is of another version of this code: {error}") from error
 

@@ -78,7 +78,7 @@ class MDI(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Time constants 1/(1−γ) log-uniform over 2 … 2048 tokens in every head; weights normal, other biases zero.
+        """Time constants 1/(1−γ) log-uniform over 1.5 … 16 tokens in every head; weights normal, other biases zero.
 
         The planning projections are drawn apart: a network without them starts with the same numbers everywhere else.
         """

@@ -96,6 +96,7 @@ class FusedStep:
     def __call__(self, tokens: Tensor) -> None:
         """Step with `tokens`, (B,) int64, in place: the state and the logits are changed."""
         torch.index_select(self._embedding, 0, tokens, out=self.x)
+        self.x.mul_(self.config.input_scale)
         for launch in self.launches:
             launch.run()
 

@@ -35,8 +35,8 @@ class Study:
         seeds: of weights and data order.
         validations: how often the loss on held-out text is taken on the way.
         final_batches: of each held-out source at the end; None: all.
-        options: of the configs, by their dotted names.
-        baseline_options: of baselines alone, by their dotted names.
+        options: of the configs, by their dotted names; an arm's overlay comes after them.
+        baseline_options: the same, of a baseline.
     """
 
     name: str
@@ -59,12 +59,11 @@ class Study:
         return [self._run(arm, rate, seed) for seed in self.seeds for arm in self.arms for rate in rates]
 
     def _run(self, arm: str, rate: float | None, seed: int) -> Run:
-        options = self.options | (self.baseline_options if arm in BASELINES else {})
-        names = [f"study_{self.size}"]
-        names += [f"{BASELINES[arm]}_{self.size}"] if arm in BASELINES else overlays_of(arm)
+        parts: list[Any] = [f"study_{self.size}", self.options]
+        parts += [f"{BASELINES[arm]}_{self.size}", self.baseline_options] if arm in BASELINES else overlays_of(arm)
         if rate is not None:
-            options["model.learning_rate"] = rate
-        content = assemble(tuple(names), **options)
+            parts.append({"model.learning_rate": rate})
+        content = assemble(*parts)
         size, accumulate = self.batch
         content["data"]["init_args"]["batch_size"] = size
         trainer = content["trainer"]
@@ -145,22 +144,21 @@ def studies() -> dict[str, Study]:
 
 
 def quick(study: Study, folder: Path) -> Study:
-    """A study on a CPU in a minute: the network of cpu_tiny, its built-in text, 60 steps, two seeds."""
-    sizes = {"model_dim": 64, "num_layers": 2, "ffn_dim": 128, "num_heads": 2, "vocab_size": 1024, "loss_chunk_size": 2048}
+    """A study on a CPU in half a minute: networks of two layers of 64, the built-in text, 60 steps, two seeds.
+
+    Args:
+        study: the study.
+        folder: where the built-in text is kept.
+    """
+    sizes = {"vocab_size": 1024, "model_dim": 64, "num_layers": 2, "num_heads": 2, "ffn_dim": 128}
+    data = {"source": "sample", "vocab_size": 1024, "seq_len": 128, "validation_batches": 2, "tokens_dir": None, "cache_dir": str(folder)}
     options = {
         **{f"model.network.{name}": size for name, size in sizes.items()},
+        **{f"data.init_args.{name}": value for name, value in data.items()},
         "model.learning_rate": 3e-3,
         "model.warmup_steps": 5,
         "model.cuda_graph": False,
         "trainer.precision": "32-true",
-        "data.init_args": {
-            "source": "sample",
-            "vocab_size": 1024,
-            "seq_len": 128,
-            "batch_size": 4,
-            "validation_batches": 2,
-            "cache_dir": str(folder),
-        },
     }
     return replace(
         study,

@@ -25,6 +25,9 @@ IDENTITY = (
 )  # fmt: skip
 
 
+_SHARED = ("vocab_size", "num_layers", "ffn_dim", "initializer_range", "loss_chunk_size")  # fields that baselines have too
+
+
 @dataclass(frozen=True, kw_only=True)
 class RecallStudy:
     """Every arm with every width, width of a head, learning rate and seed.
@@ -46,7 +49,7 @@ class RecallStudy:
     head_widths: tuple[int, ...] = (64, 128, 256)
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4)
     seeds: tuple[int, ...] = (0,)
-    steps: int = 2_000
+    steps: int = 3_000
     batch: int = 64
     task: Mapping[str, int] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -74,22 +77,22 @@ class RecallStudy:
         return fitting[:1] if arm == "transformer++" else fitting
 
     def _run(self, arm: str, width: int, heads: int, rate: float, seed: int) -> Run:
-        sizes = {"model_dim": width, "num_heads": heads, "ffn_dim": MMRecConfig(model_dim=width, num_heads=heads).ffn_width}
+        sizes = {"model_dim": width, "num_heads": heads}
         options = {
-            "model.learning_rate": rate,
             "model.warmup_steps": self.steps // 10,
-            **{f"model.network.{name}": value for name, value in sizes.items()},
+            "model.network.ffn_dim": MMRecConfig(model_dim=width, num_heads=heads).ffn_width,
             "trainer.max_steps": self.steps,
             "data.init_args.batch_size": self.batch,
             "data.init_args.train_examples": self.steps * self.batch,
             **{f"data.init_args.{name}": value for name, value in self.task.items()},
             **self.options,
         }
-        content = assemble(("recall/mqar", *overlays_of(arm)), **options)
+        swept = {"model.learning_rate": rate, **{f"model.network.{name}": value for name, value in sizes.items()}}
+        content = assemble("recall/mqar", options, *overlays_of(arm), swept)
         network = content["model"]["network"]
         network["vocab_size"] = content["data"]["init_args"]["vocab_size"]
         if arm in BASELINES:
-            common = {name: network[name] for name in ("vocab_size", "num_layers", "loss_chunk_size")}
+            common = {name: network[name] for name in _SHARED if name in network}
             content["baseline"] = {"kind": arm, **common, **sizes}
         return Run(study=STUDY, variant=variant_of(arm), content=content, seed=seed, validations=1, sizes=f"D {width} H {heads}")
 

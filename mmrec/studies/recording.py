@@ -55,7 +55,8 @@ class MainLosses(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the micro-batch's loss where it is."""
-        self._kept.append(pl_module.last_loss.main)  # type: ignore[union-attr]  # the module of this project has it after a step
+        last: Any = pl_module.last_loss  # the LossOutput of the module of this project
+        self._kept.append(last.main)
 
     def by_step(self, accumulate: int) -> list[float]:
         """Each optimiser step's main loss, the mean of its micro-batches, in nats."""

@@ -90,7 +90,9 @@ def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows that differ only in their seeds, by a title."""
     arms: dict[str, list[Row]] = {}
     for row in rows:
-        parts = [row["model"] if row["variant"] is None else row["variant"], f"lr {row['lr']:g}"]
+        ours = row["model"] == "mm-rec"
+        names = [row["variant"]] if ours and row["variant"] else [row["model"], *([row["variant"]] if row["variant"] else [])]
+        parts = [*names, f"lr {row['lr']:g}"]
         arms.setdefault(", ".join(parts), []).append(row)
     return arms
 

@@ -38,7 +38,7 @@ def run_all(measure: Callable[[Run], Any], runs: Sequence[Run], workers: int, ke
         What failed, a line each.
 
     Raises:
-        ValueError, OSError: bad settings of any run, before the first is trained.
+        ValueError, OSError: bad settings of the data of any run, before the first is trained.
     """
     for run in runs:
         check(run)

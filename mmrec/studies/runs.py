@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from mmrec.baselines import BaselineConfig
-from mmrec.commandline.configs import config_layers, merge
+from mmrec.commandline.configs import ConfigLayer, config_layers, merge
 from mmrec.config import MMRecConfig
 
 Row = dict[str, Any]
@@ -106,9 +107,16 @@ class Run:
         return row
 
 
-def assemble(names: tuple[str, ...], **options: Any) -> dict[str, Any]:
-    """The merged content of configs and of options given by their dotted names, `{"model.learning_rate": 1e-3}`."""
-    content = deepcopy(merge([layer for name in names for layer in config_layers(name)]))
+def assemble(*parts: str | Mapping[str, Any]) -> dict[str, Any]:
+    """One content of configs by their names and of options by their dotted names, `{"model.learning_rate": 1e-3}`; later ones win."""
+    layers: list[ConfigLayer] = []
+    for part in parts:
+        layers += config_layers(part) if isinstance(part, str) else [ConfigLayer(Path(), _nested(part))]
+    return merge([ConfigLayer(layer.path, deepcopy(layer.content)) for layer in layers])
+
+
+def _nested(options: Mapping[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = {}
     for dotted, value in options.items():
         *path, last = dotted.split(".")
         place = content

@@ -1,4 +1,4 @@
-"""Training one run of a study: Lightning's Trainer around the module, data and callbacks of `fit`, with everything in memory."""
+"""Training one run of a study: Lightning's Trainer around the module, data and callbacks of `fit`, with everything kept in memory."""
 
 import logging
 import time
@@ -82,13 +82,12 @@ class Trained:
 
 
 def check(run: Run) -> None:
-    """Refuse bad settings of a run's data and network before anything is trained.
+    """Refuse bad settings of a run's data, which others of the study mostly share, before anything is trained.
 
     Raises:
         ValueError, FileNotFoundError, PermissionError, NotADirectoryError: one line, naming the thing and the remedy.
     """
     _data(run).check()
-    run.network  # noqa: B018
 
 
 def fit(run: Run) -> Trained:

@@ -1,5 +1,6 @@
 """Bad input: one line that names the fault and the remedy."""
 
+from dataclasses import asdict
 from types import ModuleType
 from typing import Any
 
@@ -69,6 +70,16 @@ def test_missing_and_unknown_parameters_are_named(stubs: ModuleType) -> None:
     with pytest.raises(ValueError, match=r"blocks\.1\.\S+ is unknown to this network"):
         check_checkpoint_shapes({"state_dict": deep.state_dict()}, shallow, {})
     check_checkpoint_shapes({"state_dict": deep.state_dict()}, deep, {})
+
+
+def test_a_checkpoint_from_before_the_embedding_was_scaled_says_how_to_go_on() -> None:
+    network = MMRecModel(vocab_size=16, model_dim=8, num_layers=1, use_uboo=False)
+    earlier = {"state_dict": network.state_dict(), "hyper_parameters": {"network": {"model_dim": 8}}}
+    with pytest.raises(ValueError, match=r"its embedding is scaled otherwise; set model\.network\.embedding_scale=1$"):
+        check_checkpoint_shapes(earlier, network, asdict(network.config))
+    check_checkpoint_shapes(earlier, network, {**asdict(network.config), "embedding_scale": 1.0})
+    now = {**earlier, "hyper_parameters": {"network": asdict(network.config)}}
+    check_checkpoint_shapes(now, network, asdict(network.config))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from mmrec.commandline.errors import BadInputError
 from mmrec.model import MMRecModel
 from mmrec.scripts import length_curve
 from mmrec.studies import length as length_module
+from mmrec.studies import plan
 from mmrec.studies.books import Book, Windows, read_books, windows_of
 from mmrec.studies.length import losses_of, spans, summarised
 from mmrec.studies.length_report import verdicts
@@ -29,6 +30,12 @@ from mmrec.studies.statistics import clustered_mean
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in text's tokens with the vocabulary of --quick."""
     return ensure_sample(tmp_path_factory.mktemp("sample"), 1024)
+
+
+@pytest.fixture
+def _sample_made(sample: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command finds the built-in text instead of making it in its temporary folder."""
+    monkeypatch.setattr(length_curve, "quick", lambda study, folder: plan.quick(study, sample.parents[1]))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +143,8 @@ def test_books_are_joined_in_order_and_read_from_their_start(tmp_path: Path, tok
         windows_of([exact], 33)
 
 
-def test_the_command_on_a_cpu(sample: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("_sample_made")
+def test_the_command_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--steps", "6", "--lengths", "256", "512", "--output", "rows.json"]
     assert length_curve.main(["--quick", "--arms", "mm-rec", "transformer++", *sizes]) == 0
     rows = json.loads(Path("rows.json").read_text())
@@ -158,6 +166,7 @@ def test_the_command_on_a_cpu(sample: Path, capsys: pytest.CaptureFixture[str]) 
     assert [row["loss"] for row in again[14:]] == [row["loss"] for row in rows[:14]]
 
 
+@pytest.mark.usefixtures("_sample_made")
 @pytest.mark.parametrize(
     ("options", "message"),
     [
