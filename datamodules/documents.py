@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from fsspec.compression import compr
 from fsspec.utils import infer_compression
@@ -67,6 +68,12 @@ class LineCounts:
 
 def parse_line(line: bytes) -> tuple[str | None, str | None]:
     """The text of one JSON line and None, or None and the reason why it is skipped."""
+    record, reason = parse_record(line)
+    return (None if record is None else record["text"]), reason
+
+
+def parse_record(line: bytes) -> tuple[dict[str, Any] | None, str | None]:
+    """The whole object of one JSON line, whose "text" is good, and None; or None and the reason why it is skipped."""
     if not line.strip():
         return None, "empty"
     try:
@@ -86,7 +93,7 @@ def parse_line(line: bytes) -> tuple[str | None, str | None]:
         text.encode("utf-8")
     except UnicodeEncodeError:  # an escaped lone surrogate: valid JSON, but no text that UTF-8 can hold
         return None, "not_utf8"
-    return text, None
+    return record, None
 
 
 def read_lines(path: str, skip: int = 0, on_position: Callable[[int], None] | None = None) -> Iterator[bytes]:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 
 from datamodules.documents import LineCounts, parse_line, probe_files, read_lines, resolve_files
 from datamodules.fingerprint import corpus_fingerprint, fingerprint_of, sha256_of
+from datamodules.pieces import write_joined
 from datamodules.shard_writer import ShardWriter
 from datamodules.tokenise import Split, read_chunks, tokenise_chunks
 from datamodules.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -22,6 +23,7 @@ from mmrec.files import TEMPORARY_SUFFIX, remove_leftovers, require_writable, wr
 _logger = logging.getLogger(__name__)
 _PROGRESS = "progress.json"
 _TOKENIZER = "tokenizer.json"
+_JOINED = "joined.jsonl"
 Patterns = str | Sequence[str]
 
 
@@ -37,6 +39,7 @@ def prepare(
     shard_tokens: int = 1 << 26,
     tokenizer_bytes: int = 1 << 28,
     max_bad_line_share: float = 0.01,
+    join_pieces: bool = False,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Train a BPE tokenizer on documents and write them as memory-mapped tokens.
@@ -55,6 +58,9 @@ def prepare(
         shard_tokens: tokens a shard file.
         tokenizer_bytes: bytes of text that the BPE is trained on, an equal part from the head of each file.
         max_bad_line_share: share of lines that may be skipped (no JSON, no text, no UTF-8, empty).
+        join_pieces: join training documents whose `url` is NAME#NUMBER to one document a NAME, in the order of the numbers, a blank line
+            between them. All of them are read into memory first, and take their own size on the disk for a while. Validation files stay
+            as they are, so that losses on them compare.
         progress: show a progress bar.
 
     Returns:
@@ -79,6 +85,8 @@ def prepare(
         "shard_tokens": shard_tokens,
         "max_bad_line_share": max_bad_line_share,
     }
+    if join_pieces:  # only then: folders written before there was the option keep their fingerprint
+        settings["join_pieces"] = True
     folder = Path(output)
     finished = _claim(folder, fingerprint_of(settings))
     if finished is not None:
@@ -99,6 +107,8 @@ def _write(
     folder: Path, splits: dict[str, list[str]], settings: dict[str, Any], given: str | None, workers: int, bar: Progress
 ) -> dict[str, Any]:
     fraction = settings["validation_fraction"] or 0.0
+    if settings.get("join_pieces"):
+        splits = {**splits, "train": [_joined(folder, splits["train"], settings, bar)]}
     bpe = _tokenizer(folder, splits["train"], settings, given, bar)
     dtype = "uint16" if bpe.vocab_size <= 1 << 16 else "uint32"
     record = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
@@ -128,9 +138,19 @@ def _write(
         "settings": settings,
         "splits": entries,
     }
+    (folder / _JOINED).unlink(missing_ok=True)  # before the manifest, after which nothing is tidied up any more
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     (folder / _PROGRESS).unlink()
     return manifest
+
+
+def _joined(folder: Path, files: list[str], settings: dict[str, Any], bar: Progress) -> str:
+    path = folder / _JOINED
+    if not path.is_file():  # it is written atomically, so one that is there is whole
+        task = bar.add_task("join pieces", total=1, tokens=0)
+        write_joined(files, path, settings["max_bad_line_share"])
+        bar.update(task, completed=1)
+    return str(path)
 
 
 def _write_split(
@@ -204,7 +224,7 @@ def _claim(folder: Path, fingerprint: str) -> dict[str, Any] | None:
 def _withdraw(folder: Path) -> None:
     """After an error in the input nothing half-written stays: a mended input has another fingerprint and starts anew anyway."""
     remove_leftovers(folder)
-    for path in [*folder.glob("*.bin"), folder / _TOKENIZER, folder / _PROGRESS]:
+    for path in [*folder.glob("*.bin"), folder / _JOINED, folder / _TOKENIZER, folder / _PROGRESS]:
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

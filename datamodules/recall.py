@@ -38,7 +38,15 @@ class _Draws:
 
     def distinct(self, low: int, high: int, size: int) -> Array:
         """Different ints in [low, high) in random order, (size,)."""
-        return low + np.argsort(self.uniform(high - low), kind="stable")[:size]
+        return low + _smallest(self.uniform(high - low), size)
+
+
+def _smallest(values: npt.NDArray[np.float64], size: int) -> Array:
+    """Places of the `size` smallest values, the smallest first: the head of a sort, without sorting the rest."""
+    if size < len(values):
+        places = np.sort(np.argpartition(values, size - 1)[:size])
+        return places[np.argsort(values[places], kind="stable")]
+    return np.argsort(values, kind="stable")
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,7 @@ class AssociativeRecall:
         inputs[0:context:2], inputs[1:context:2] = keys, values
         # Exponential races: the num_pairs smallest of E/weight are a weighted draw without replacement.
         weights = np.arange(1, self.seq_len - context + 1, dtype=np.float64) ** (self.power - 1.0)
-        slots = context + np.argsort(-np.log(draws.uniform(len(weights))) / weights, kind="stable")[: self.num_pairs]
+        slots = context + _smallest(-np.log(draws.uniform(len(weights))) / weights, self.num_pairs)
         inputs[slots], labels[slots] = keys, values
         return inputs, labels
 

@@ -65,6 +65,10 @@ class BaselineModel(nn.Module):
         logits: Tensor = self.head(self._hidden(input_ids))
         return logits
 
+    def hidden_states(self, input_ids: Tensor) -> tuple[Tensor, None]:
+        """What the head would read, (B, T, D), as MMRecModel's; there is no state to hand on."""
+        return self._hidden(input_ids), None
+
     def loss(self, batch: dict[str, Tensor], diagnostics: bool = False) -> LossOutput:
         """The training loss, as MMRecModel's; the auxiliary part is 0, and there are no diagnostics.
 

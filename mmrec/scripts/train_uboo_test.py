@@ -9,25 +9,18 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 if not __package__:  # run by path: this folder must not stand first, and a checkout need not be installed
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch
-
-from mmrec.commandline.errors import BadInputError, one_line_errors
-from mmrec.commandline.plain_parser import PlainParser, output_file, whole_number
-from mmrec.measuring.failures import Failure
-from mmrec.measuring.processes import map_in_processes
-from mmrec.studies.plan import SIZES, Study, quick, studies
+from mmrec.commandline.errors import one_line_errors
+from mmrec.commandline.plain_parser import PlainParser, output_file
+from mmrec.studies.options import add_study_options, changed, require_gpu
+from mmrec.studies.plan import Study, quick, studies
 from mmrec.studies.report import StudyFile, summary
-from mmrec.studies.runs import Run
-from mmrec.studies.training import train
-
-_LONGEST = 3600.0 * 24  # seconds a run may take
+from mmrec.studies.running import run_all, workers_for
+from mmrec.studies.training import Outcome, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -39,20 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="; ".join(f"{name}: {study.what}" for name, study in known.items()),
     )
     parser.add_argument("--study", choices=list(known), default="protocol", help="which study (default: protocol); see below")
-    parser.add_argument("--arms", nargs="+", help="what is compared: mm-rec, transformer++, gated-deltanet, gla, overlays, joined by +")
-    parser.add_argument("--size", choices=SIZES, help="the networks' size")
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of weights and data order")
-    parser.add_argument("--learning-rates", nargs="+", type=float, help="each arm is trained with each of them")
-    parser.add_argument("--tokens-m", type=float, help="million tokens of a run")
-    parser.add_argument("--steps", type=whole_number, help="optimiser steps of a run, instead of --tokens-m")
-    parser.add_argument("--batch", type=whole_number, help="sequences of a micro-batch")
-    parser.add_argument("--accumulate", type=whole_number, help="micro-batches of a step")
-    parser.add_argument("--validations", type=whole_number, help="how often the loss on held-out text is taken on the way")
-    parser.add_argument("--tokens-dir", type=Path, help="the folder that `prepare` wrote (default: tokens/books)")
-    parser.add_argument("--workers-per-gpu", type=whole_number, default=1, help="runs side by side on a GPU; their times mean little then")
+    add_study_options(parser)
     parser.add_argument("--output", type=output_file, default=Path("convergence.json"), help="the JSON file to write")
     parser.add_argument("--quick", action="store_true", help="a minute on a CPU: a tiny network on built-in text, 60 steps, two seeds")
-    parser.add_argument("--plot-only", action="store_true", help="train nothing: draw what --output holds")
     return parser
 
 
@@ -60,53 +42,9 @@ def chosen(options: argparse.Namespace, folder: Path) -> Study:
     """The study with what the options change in it."""
     study = studies()[options.study]
     if options.quick:
-        study = quick(study, folder)
-    elif not torch.cuda.is_available():
-        raise BadInputError("no CUDA device; --quick trains tiny networks on the CPU")
-    changes: dict[str, Any] = {
-        "arms": tuple(options.arms) if options.arms else None,
-        "size": options.size,
-        "seeds": tuple(options.seeds) if options.seeds else None,
-        "learning_rates": tuple(options.learning_rates) if options.learning_rates else None,
-        "tokens_m": options.tokens_m,
-        "steps": options.steps,
-        "validations": options.validations,
-    }
-    study = replace(study, **{name: value for name, value in changes.items() if value is not None})
-    if options.tokens_m is not None and options.steps is None:
-        study = replace(study, steps=None)
-    study = replace(study, batch=(options.batch or study.batch[0], options.accumulate or study.batch[1]))
-    if options.tokens_dir is not None:
-        study = replace(study, options=study.options | {"data.init_args.tokens_dir": str(options.tokens_dir)})
-    return study
-
-
-def choose_gpu(worker: int) -> None:
-    """Called in a worker's process: workers take the GPUs in turn; one thread each, as the GPU does the work."""
-    torch.set_num_threads(1)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(worker % torch.cuda.device_count())
-
-
-def run_all(runs: Sequence[Run], file: StudyFile, per_gpu: int) -> list[str]:
-    """Train all runs, `per_gpu` side by side on each GPU, writing each row as it comes; what failed, a line each."""
-    workers = per_gpu * torch.cuda.device_count() if torch.cuda.is_available() else 0
-    failures: list[str] = []
-    done = 0
-
-    def keep(run: Run, result: Any) -> None:
-        nonlocal done
-        done += 1
-        if isinstance(result, Failure):
-            failures.append(f"{run.title}: {result.reason}")
-            print(f"[{done}/{len(runs)}] {failures[-1]}", flush=True)
-            return
-        row = result.row | {"side_by_side": per_gpu}
-        file.add(row, result.curves)
-        print(f"[{done}/{len(runs)}] {run.title}: {row['val_loss']:.4f} nats, {row['seconds']:.0f} s", flush=True)
-
-    map_in_processes(train, runs, workers, _LONGEST, initialize=choose_gpu, on_result=keep)
-    return failures
+        return changed(quick(study, folder), options)
+    require_gpu()
+    return changed(study, options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -122,10 +60,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with one_line_errors(), tempfile.TemporaryDirectory() as folder:
         options = parser.parse_args(arguments)
         file = StudyFile(options.output)
+
+        def keep(outcome: Outcome) -> str:
+            file.add(outcome.row | {"side_by_side": options.workers_per_gpu}, outcome.curves)
+            return f"{outcome.row['val_loss']:.4f} nats, {outcome.row['seconds']:.0f} s"
+
         failures: list[str] = []
         if not options.plot_only:
-            runs = chosen(options, Path(folder)).runs()
-            failures = run_all(runs, file, options.workers_per_gpu)
+            failures = run_all(train, chosen(options, Path(folder)).runs(), workers_for(options.workers_per_gpu), keep)
         print(summary(file.rows))
         for line in [*file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"]:
             print(line)

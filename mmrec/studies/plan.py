@@ -60,10 +60,7 @@ class Study:
 
     def _run(self, arm: str, rate: float | None, seed: int) -> Run:
         parts: list[Any] = [f"study_{self.size}", self.options]
-        if arm in BASELINES:
-            parts += [f"{BASELINES[arm]}_{self.size}", self.baseline_options]
-        elif arm != DEFAULT:
-            parts += [_overlay(name) for name in arm.split("+")]
+        parts += [f"{BASELINES[arm]}_{self.size}", self.baseline_options] if arm in BASELINES else overlays_of(arm)
         if rate is not None:
             parts.append({"model.learning_rate": rate})
         content = assemble(*parts)
@@ -75,15 +72,28 @@ class Study:
         trainer["max_steps"] = self.steps if self.steps is not None else int(self.tokens_m * 1e6) // tokens
         if trainer["max_steps"] < 1:
             raise BadInputError(f"{self.tokens_m} M tokens are less than one step of {tokens:,}; give more with --tokens-m")
-        variant = None if arm in (DEFAULT, *BASELINES) else "+".join(Path(name).stem for name in arm.split("+"))
         return Run(
             study=self.name,
-            variant=variant,
+            variant=variant_of(arm),
             content=content,
             seed=seed,
             validations=self.validations,
             final_batches=self.final_batches,
         )
+
+
+def overlays_of(arm: str) -> list[str]:
+    """Configs that an arm lays over the network's own; none for the network as it is, nor for a baseline.
+
+    Raises:
+        BadInputError: an arm that nothing is known of.
+    """
+    return [] if arm in (DEFAULT, *BASELINES) else [_overlay(name) for name in arm.split("+")]
+
+
+def variant_of(arm: str) -> str | None:
+    """An arm's name in the column `variant`: its overlays'."""
+    return None if arm in (DEFAULT, *BASELINES) else "+".join(Path(name).stem for name in arm.split("+"))
 
 
 def _overlay(name: str) -> str:

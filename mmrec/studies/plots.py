@@ -1,4 +1,4 @@
-"""Plots of a study: curves of arms, each a line of its seeds' mean within the band from the lowest to the highest."""
+"""Plots of studies: curves of arms with bands of their seeds, recall by bytes of state, loss by position."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ PANELS = (
 
 
 def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
-    """Write a picture.
+    """Write a picture of trainings: a line an arm, its seeds' mean, within the band from the lowest to the highest.
 
     Args:
         path: the file.
@@ -56,3 +56,49 @@ def _show_the_end(axis: Any) -> None:
         low = min(float(np.min(values)) for values in lines)
         high = max(float(values[len(values) // 5]) for values in lines)
         axis.set_ylim(low - 0.05 * (high - low), high)
+
+
+def draw_recall(path: Path, title: str, arms: Mapping[str, Sequence[tuple[int, float]]]) -> None:
+    """Write a picture of recall by bytes of state.
+
+    Args:
+        path: the file.
+        title: above it.
+        arms: by their names, each (bytes of state, accuracy) of its networks.
+    """
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in arms.items():
+        axis.plot(*zip(*points, strict=True), "o", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set_ylim(-0.02, 1.02)
+    axis.set_xlabel("bytes of state a sequence")
+    axis.set_ylabel("share of answers recalled")
+    _finish(figure, axis, title, path)
+
+
+def draw_positions(path: Path, networks: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Write a picture of losses by position, with standard errors.
+
+    Args:
+        path: the file.
+        networks: by their titles, each the rows of its bins.
+    """
+    figure, axis = pyplot.subplots(figsize=(9, 5), layout="constrained")
+    for name, rows in networks.items():
+        middles = [(row["position_from"] + row["position_to"]) / 2 for row in rows]
+        errors = [row["standard_error"] or 0.0 for row in rows]
+        axis.errorbar(middles, [row["loss"] for row in rows], yerr=errors, label=name, marker="o", markersize=3, linewidth=1, capsize=2)
+    for length in {row["trained_length"] for rows in networks.values() for row in rows}:
+        axis.axvline(length, color="grey", linestyle=":", linewidth=1)
+    axis.set_xscale("log", base=2)
+    axis.set_xlabel("position in the window, tokens; dotted: the training's length")
+    axis.set_ylabel("loss, nats a token")
+    _finish(figure, axis, "Loss by position", path)
+
+
+def _finish(figure: Any, axis: Any, title: str, path: Path) -> None:
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    axis.set_title(title, fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.files import write_atomically
-from mmrec.measuring.results import read_rows, write_rows
-from mmrec.studies.runs import IDENTITY, Row, identity
+from mmrec.measuring.results import read_rows
+from mmrec.studies.row_file import RowFile, grouped
+from mmrec.studies.runs import IDENTITY, Row
 from mmrec.studies.statistics import steps_to
 
 Curves = dict[str, list[list[float]]]
@@ -18,8 +19,8 @@ _NETWORK = {"model": "mm-rec", "variant": None, "uboo": "off"}
 _SETTING = ("study", "batch_tokens", "steps", "gpu")  # runs that agree in these are compared
 
 
-class StudyFile:
-    """Rows and curves of a study on disk.
+class StudyFile(RowFile):
+    """Rows and curves of a convergence study on disk.
 
     Args:
         path: of the rows; the curves lie beside it. What is there already is read.
@@ -29,37 +30,36 @@ class StudyFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        super().__init__(path, IDENTITY)
         self.curves_path = path.with_name(f"curves_of_{path.name}")
-        self.rows: list[Row] = read_rows(path) if path.is_file() else []
         self._curves: dict[tuple[Any, ...], Curves] = {}
         if self.curves_path.is_file():
-            self._curves = {identity(entry): entry["curves"] for entry in read_rows(self.curves_path)}
+            self._curves = {self.identity(entry): entry["curves"] for entry in read_rows(self.curves_path)}
 
     def add(self, row: Row, curves: Any) -> None:
         """Add a run's row and curves, in the place of those of the same run, and write both files."""
-        self.rows = [other for other in self.rows if identity(other) != identity(row)] + [row]
-        self._curves[identity(row)] = {tag: [list(point) for point in points] for tag, points in curves.items()}
+        self.put([row])
+        self._curves[self.identity(row)] = {tag: [list(point) for point in points] for tag, points in curves.items()}
         self._compare()
         self.write()
 
     def write(self) -> None:
         """Both files, each whole or not at all."""
-        write_rows(self.path, self.rows)
+        super().write()
         entries = []
         for row in self.rows:
-            if identity(row) in self._curves:
-                entry = {name: row.get(name) for name in IDENTITY} | {"curves": self._curves[identity(row)]}
+            if self.identity(row) in self._curves:
+                entry = {name: row.get(name) for name in IDENTITY} | {"curves": self._curves[self.identity(row)]}
                 entries.append(json.dumps(entry, allow_nan=False))
         write_atomically(self.curves_path, ("[\n" + ",\n".join(entries) + "\n]\n").encode())
 
     def curve(self, row: Row, tag: str) -> list[tuple[int, float]]:
         """One of a row's curves, empty where it has none."""
-        return [(int(step), value) for step, value in self._curves.get(identity(row), {}).get(tag, [])]
+        return [(int(step), value) for step, value in self._curves.get(self.identity(row), {}).get(tag, [])]
 
     def _compare(self) -> None:
         """Fill `steps_to_baseline`: the step at which each run's held-out loss reaches what the baseline ends at, mean of its seeds."""
-        for rows in _grouped(self.rows, _SETTING):
+        for rows in grouped(self.rows, _SETTING):
             wanted = _AGAINST.get(rows[0]["study"], _NETWORK)
             ends = [
                 curve[-1][1]
@@ -77,20 +77,13 @@ class StudyFile:
         except ImportError as error:
             return [f"no plots ({error}); pip install matplotlib, then --plot-only"]
         written = []
-        for rows in _grouped(self.rows, _SETTING):
+        for rows in grouped(self.rows, _SETTING):
             name = "_".join(str(part) for part in (self.path.stem, rows[0]["study"], rows[0]["steps"], rows[0]["batch_tokens"]))
             path = self.path.with_name(f"{name}.png")
-            arms = {title: [self._curves.get(identity(row), {}) for row in found] for title, found in by_arm(rows).items()}
+            arms = {title: [self._curves.get(self.identity(row), {}) for row in found] for title, found in by_arm(rows).items()}
             draw_curves(path, f"{rows[0]['study']}: {rows[0]['steps']:,} steps of {rows[0]['batch_tokens']:,} tokens", arms)
             written.append(f"plot: {path}")
         return written
-
-
-def _grouped(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
-    return list(groups.values())
 
 
 def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -107,7 +100,7 @@ def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
 def summary(rows: Sequence[Row]) -> str:
     """A table for the screen: a line an arm, with mean and range of its seeds, the lowest loss first."""
     lines = []
-    for group in _grouped(rows, _SETTING):
+    for group in grouped(rows, _SETTING):
         first = group[0]
         lines.append(f"{first['study']}: {first['steps']:,} steps of {first['batch_tokens']:,} tokens, {first['gpu']}")
         arms = sorted(by_arm(group).items(), key=lambda arm: statistics.fmean(row["val_loss"] for row in arm[1]))

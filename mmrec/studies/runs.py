@@ -28,6 +28,7 @@ class Run:
         seed: of weights and data order.
         validations: how often the loss on held-out text is taken on the way, on a part of it.
         final_batches: of each held-out source at the end; None: all.
+        sizes: what else tells it from other runs of its study, for a line on the screen.
     """
 
     study: str
@@ -36,6 +37,7 @@ class Run:
     seed: int
     validations: int = 20
     final_batches: int | None = None
+    sizes: str = ""
 
     @property
     def is_baseline(self) -> bool:
@@ -73,7 +75,8 @@ class Run:
     @property
     def title(self) -> str:
         """For a line on the screen."""
-        return " ".join(filter(None, (self.study, self.model, self.variant or "", f"lr {self.learning_rate:g}", f"seed {self.seed}")))
+        parts = (self.study, self.model, self.variant or "", self.sizes, f"lr {self.learning_rate:g}", f"seed {self.seed}")
+        return " ".join(filter(None, parts))
 
     @property
     def learning_rate(self) -> float:
@@ -102,11 +105,6 @@ class Run:
             if network.use_uboo:
                 row |= {"orthogonalize": network.orthogonalize, "lambda_P": network.lambda_P}
         return row
-
-
-def identity(row: Row) -> tuple[Any, ...]:
-    """What two rows of one and the same run share."""
-    return tuple(row.get(name) for name in IDENTITY)
 
 
 def assemble(*parts: str | Mapping[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""What is read off curves: steps to a loss, the loss's variance about its trend, spreads over seeds."""
+"""What is read off losses: steps to one, their variance about a trend, means of samples that come in groups."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 Curve = Sequence[tuple[int, float]]
 _TREND = 0.02  # of the steps: half the width of the moving mean that is taken for the trend
@@ -48,3 +49,19 @@ def smoothed(losses: Sequence[float], points: int = 100) -> list[tuple[int, floa
         for a, b in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)
         if b > a
     ]
+
+
+def clustered_mean(values: npt.ArrayLike, groups: Sequence[str]) -> tuple[float, float | None]:
+    """The mean of samples, and its standard error where samples of one group are not independent; None for a single group.
+
+    Args:
+        values: (N,), one a sample; each counts alike.
+        groups: N names. Groups are taken for independent draws, of whatever size.
+    """
+    samples = np.asarray(values, dtype=np.float64)
+    mean = float(samples.mean())
+    names, numbers = np.unique(np.asarray(groups), return_inverse=True)
+    if len(names) < 2:
+        return mean, None
+    sums = np.bincount(numbers, weights=samples - mean)
+    return mean, float(np.sqrt(len(names) / (len(names) - 1) * np.sum(sums**2)) / len(samples))

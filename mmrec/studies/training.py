@@ -2,10 +2,13 @@
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import LightningDataModule, Trainer, seed_everything
+from lightning.pytorch import Trainer, seed_everything
 
 import datamodules
 from callbacks import AuxiliaryLossCurves, StepLatency
@@ -29,8 +32,66 @@ class Outcome(NamedTuple):
     curves: dict[str, list[tuple[int, float]]]
 
 
-def train(run: Run) -> Outcome:
-    """Train a run and validate it, on the current device."""
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A run's network after its training, and what was recorded meanwhile.
+
+    Attributes:
+        run: what was trained.
+        module: the Lightning module, with the `network`.
+        data: the data module.
+        trainer: as it is after `fit`.
+        losses: every step's.
+        logger: the scalars.
+        seconds: of the training, validations on the way included.
+        peak_gib: the most memory that tensors took; None on a CPU.
+    """
+
+    run: Run
+    module: Any
+    data: Any
+    trainer: Trainer
+    losses: MainLosses
+    logger: MemoryLogger
+    seconds: float
+    peak_gib: float | None
+
+    def parameters(self) -> Row:
+        """How many weights the network has, and how many more only its training needed, in millions."""
+        network = self.module.network
+        everything, training_only = network.num_parameters(), 0
+        if not self.run.is_baseline:
+            training_only = everything - network.num_parameters(training_only=False)
+        return {"params_m": round((everything - training_only) / 1e6, 3), "training_only_params_m": round(training_only / 1e6, 3)}
+
+    def validate(self) -> Row:
+        """The losses on held-out data: of the first source `val_loss`, of others `val_loss_<name>`, in nats a token."""
+        self.data.validation_batches = self.run.final_batches
+        results = self.trainer.validate(self.module, datamodule=self.data, verbose=False)[0]
+        row: Row = {"val_loss": results["val/loss"]}
+        for name in self.data.validation_names[1:]:
+            row[f"val_loss_{name}"] = results[f"val/{name}/loss"]
+        return row
+
+    @contextmanager
+    def evaluation(self) -> Iterator[Any]:
+        """The network on the current device, in evaluation mode, without gradients and in the training's precision."""
+        network = self.module.network.to(device()).eval()  # the Trainer leaves it on the CPU
+        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+            yield network
+
+
+def check(run: Run) -> None:
+    """Refuse bad settings of a run's data, which others of the study mostly share, before anything is trained.
+
+    Raises:
+        ValueError, FileNotFoundError, PermissionError, NotADirectoryError: one line, naming the thing and the remedy.
+    """
+    _data(run).check()
+
+
+def fit(run: Run) -> Trained:
+    """Train a run's network on the current device; what is then measured of it is its study's business."""
     where = device()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what devices there are, a line for every run
     seed_everything(run.seed, verbose=False)
@@ -42,37 +103,36 @@ def train(run: Run) -> Outcome:
     began = time.perf_counter()
     trainer.fit(module, datamodule=data)
     seconds = time.perf_counter() - began
-    by_step = losses.by_step(run.accumulate)
     peak = torch.cuda.max_memory_allocated(where) / GIB if where.type == "cuda" else None
-    final = _validate(trainer, module, data, run.final_batches)
-    network = module.network
-    parameters, training_only = network.num_parameters(), 0
-    if not run.is_baseline:
-        training_only = parameters - network.num_parameters(training_only=False)
+    return Trained(run=run, module=module, data=data, trainer=trainer, losses=losses, logger=logger, seconds=seconds, peak_gib=peak)
+
+
+def train(run: Run) -> Outcome:
+    """Train a run and validate it: what a convergence study wants of it."""
+    trained = fit(run)
+    by_step, logger = trained.losses.by_step(run.accumulate), trained.logger
     row = run.description() | {
-        "params_m": round((parameters - training_only) / 1e6, 3),
-        "training_only_params_m": round(training_only / 1e6, 3),
-        **final,
+        **trained.parameters(),
+        **trained.validate(),
         "loss_variance": detrended_variance(by_step),
         "steps_to_baseline": None,  # known once all runs of the study are
-        "peak_gib": peak,
-        "seconds": round(seconds, 1),
+        "peak_gib": trained.peak_gib,
+        "seconds": round(trained.seconds, 1),
         "tokens_per_s": logger.last("throughput/tokens_per_second"),
         "grad_cosine": logger.last("aux/grad_cosine"),
         "grad_norm_ratio": logger.last("aux/grad_norm_ratio"),
         **{name: logger.mean_of_layers(name) for name in _OF_LAYERS},
-        **machine(where),
+        **machine(device()),
     }
     curves = {"train/loss_main": smoothed(by_step)}
     curves |= {tag: _rounded(points) for tag, points in logger.scalars.items() if tag.startswith(_KEPT) and not tag.endswith("ppl")}
     return Outcome(row, curves)
 
 
-def _data(run: Run) -> LightningDataModule:
+def _data(run: Run) -> Any:
     spec = run.content["data"]
     cls: Any = imported_class(spec["class_path"]) or getattr(datamodules, spec["class_path"].rpartition(".")[2])
-    data: LightningDataModule = cls(**{**spec["init_args"], "seed": run.seed})
-    return data
+    return cls(**{**spec["init_args"], "seed": run.seed})
 
 
 def _module(run: Run) -> Any:
@@ -107,16 +167,6 @@ def _trainer(run: Run, where: torch.device, callbacks: list[Any], logger: Memory
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-
-
-def _validate(trainer: Trainer, module: Any, data: Any, batches: int | None) -> Row:
-    """The losses on so many batches of held-out text: of the first source `val_loss`, of others `val_loss_<name>`, in nats a token."""
-    data.validation_batches = batches
-    results = trainer.validate(module, datamodule=data, verbose=False)[0]
-    row: Row = {"val_loss": results["val/loss"]}
-    for name in data.validation_names[1:]:
-        row[f"val_loss_{name}"] = results[f"val/{name}/loss"]
-    return row
 
 
 def _rounded(points: list[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -1,7 +1,9 @@
+import numpy as np
 import pytest
 import torch
 
 from datamodules import RecallDataModule
+from datamodules.recall import _smallest
 
 
 def _batch(**settings) -> dict[str, torch.Tensor]:
@@ -77,3 +79,13 @@ def test_it_is_the_same_on_every_machine() -> None:
 def test_bad_settings_are_named(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         RecallDataModule(**settings).check()
+
+
+def test_the_head_of_a_sort_is_that_of_the_whole_sort() -> None:
+    values = np.random.default_rng(0).integers(0, 50, 200).astype(np.float64)  # many are equal
+    smallest = np.unique(values)[:3]
+    for size in (1, int((values <= smallest[0]).sum()), int((values <= smallest[2]).sum()), 200):
+        whole = np.argsort(values, kind="stable")[:size]
+        assert values[_smallest(values, size)].tolist() == values[whole].tolist()
+    draws = np.random.default_rng(1).random(300)
+    assert _smallest(draws, 40).tolist() == np.argsort(draws, kind="stable")[:40].tolist()

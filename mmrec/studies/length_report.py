@@ -1,0 +1,82 @@
+"""What the screen and a picture show of losses by position."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmrec.studies.length import BIN, FAR
+from mmrec.studies.runs import Row
+
+_SURE = 2  # standard errors beyond which a difference counts
+
+
+def networks(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Rows of each network read in windows of each length, by a title."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["model"] if row["variant"] is None else row["variant"]
+        sizes = f"{row['params_m']:g} M, {row['tokens_m']:,.0f} M tokens of {row['trained_on']}, lr {row['lr']:g}, seed {row['seed']}"
+        found.setdefault(f"{name}, {sizes}, read {row['length']:,} at a time on {row['gpu']}", []).append(row)
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line a bin of positions: the loss, and both comparisons, each with its standard error."""
+    lines = []
+    for title, found in networks(rows).items():
+        lines += [title, f"  {'positions':>17}  {'loss':>16}  {'than in training':>18}  {'than restarted':>18}"]
+        for row in found:
+            if row["what"] == BIN:
+                cells = [
+                    _cell(row["loss"], row["standard_error"], ".4f"),
+                    _cell(row["rise"], row["rise_standard_error"], "+.4f"),
+                    _cell(row["over_restarted"], row["over_restarted_standard_error"], "+.4f"),
+                ]
+                lines.append(f"  {_positions(row):>17}  {cells[0]:>16}  {cells[1]:>18}  {cells[2]:>18}")
+    return "\n".join(lines)
+
+
+def verdicts(rows: Sequence[Row]) -> list[str]:
+    """Whether the loss rises beyond the training's length, a line a network and length."""
+    lines = []
+    for title, found in networks(rows).items():
+        for row in found:
+            if row["what"] != FAR:
+                continue
+            short = row["trained_length"]
+            against = f"at {short // 2:,}–{short - 1:,} of the same {row['windows']} windows of {row['books']} books"
+            restarted = f"of the same tokens, read anew every {short:,}"
+            lines.append(
+                f"{title}: at {_positions(row)} the loss {_judged(row, 'rise')} that {against}, "
+                f"and {_judged(row, 'over_restarted')} that {restarted}"
+            )
+    return lines
+
+
+def draw(path: Path, rows: Sequence[Row]) -> str:
+    """A picture of all networks; the line that says that it was written, or why not."""
+    try:
+        from mmrec.studies.plots import draw_positions
+    except ImportError as error:
+        return f"no plot ({error}); pip install matplotlib, then --plot-only"
+    draw_positions(path, {title: [row for row in found if row["what"] == BIN] for title, found in networks(rows).items()})
+    return f"plot: {path}"
+
+
+def _judged(row: Row, name: str) -> str:
+    value, error = row[name], row[f"{name}_standard_error"]
+    if error is None:
+        return f"differs by {value:+.4f} (one book: no standard error) from"
+    if abs(value) <= _SURE * error:
+        return f"does not differ beyond {_SURE} standard errors ({value:+.4f} ± {error:.4f}) from"
+    return f"is {'HIGHER' if value > 0 else 'lower'} ({value:+.4f} ± {error:.4f}) than"
+
+
+def _positions(row: Row) -> str:
+    return f"{row['position_from']:,}–{row['position_to'] - 1:,}"
+
+
+def _cell(value: Any, error: Any, form: str) -> str:
+    if value is None:
+        return "–"
+    return format(value, form) if error is None else f"{format(value, form)} ± {error:.4f}"

@@ -1,0 +1,47 @@
+"""Rows of a study: a file of them, groups of them."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmrec.measuring.results import read_rows, write_rows
+from mmrec.studies.runs import Row
+
+
+class RowFile:
+    """A JSON file of rows, in which a row takes the place of the one with the same identity.
+
+    Args:
+        path: of the file. What is there already is read.
+        identity: columns that tell a row from all others.
+
+    Raises:
+        ValueError: a file that holds no rows.
+    """
+
+    def __init__(self, path: Path, identity: Sequence[str]) -> None:
+        self.path = path
+        self._identity = tuple(identity)
+        self.rows: list[Row] = read_rows(path) if path.is_file() else []
+
+    def identity(self, row: Row) -> tuple[Any, ...]:
+        """What two rows of one and the same thing share."""
+        return tuple(row.get(name) for name in self._identity)
+
+    def put(self, rows: Iterable[Row]) -> None:
+        """Take rows in, and leave out those they replace."""
+        new = list(rows)
+        replaced = {self.identity(row) for row in new}
+        self.rows = [row for row in self.rows if self.identity(row) not in replaced] + new
+
+    def write(self) -> None:
+        """The whole file or nothing."""
+        write_rows(self.path, self.rows)
+
+
+def grouped(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
+    """Rows that agree in some columns, in the order in which their values appear."""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
+    return list(groups.values())

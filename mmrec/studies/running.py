@@ -1,0 +1,58 @@
+"""Many runs of a study, one after the other or side by side, each result kept as it comes."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mmrec.measuring.failures import Failure
+from mmrec.measuring.processes import map_in_processes
+from mmrec.studies.runs import Run
+from mmrec.studies.training import check
+
+_LONGEST = 3600.0 * 24  # seconds a run may take
+
+
+def choose_gpu(worker: int) -> None:
+    """Called in a worker's process: workers take the GPUs in turn; one thread each, as the GPU does the work."""
+    torch.set_num_threads(1)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(worker % torch.cuda.device_count())
+
+
+def workers_for(workers_per_gpu: int) -> int:
+    """How many processes `run_all` shall use; without a GPU 0, which is this one."""
+    return workers_per_gpu * torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def run_all(measure: Callable[[Run], Any], runs: Sequence[Run], workers: int, keep: Callable[[Any], str]) -> list[str]:
+    """Measure all runs, printing a line of each as it comes.
+
+    Args:
+        measure: trains a run and returns what is wanted of it; of the top of a module, so that a fresh interpreter can import it.
+        runs: all of them.
+        workers: processes; 0 runs everything in this one.
+        keep: stores a result, and says what shall be printed of it.
+
+    Returns:
+        What failed, a line each.
+
+    Raises:
+        ValueError, OSError: bad settings of the data of any run, before the first is trained.
+    """
+    for run in runs:
+        check(run)
+    failures: list[str] = []
+    done = 0
+
+    def take(run: Run, result: Any) -> None:
+        nonlocal done
+        done += 1
+        said = result.reason if isinstance(result, Failure) else keep(result)
+        line = f"{run.title}: {said}"
+        if isinstance(result, Failure):
+            failures.append(line)
+        print(f"[{done}/{len(runs)}] {line}", flush=True)
+
+    map_in_processes(measure, runs, workers, _LONGEST, initialize=choose_gpu, on_result=take)
+    return failures
