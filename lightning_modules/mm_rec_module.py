@@ -285,6 +285,7 @@ class MMRecLightningModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then log the step's losses every `trainer.log_every_n_steps` steps, the first and the last included."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self.network.after_step()
         micro_batches, self._micro_batches, self.step_losses = self._micro_batches, [], None
         self.last_step_loss = torch.stack([micro_batch.loss for micro_batch in micro_batches]).mean()
         step = self.trainer.global_step  # still the number of steps before this one

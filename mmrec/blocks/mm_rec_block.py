@@ -56,7 +56,7 @@ class MMRecBlock(nn.Module):
     Args:
         config: the network's configuration; or its fields by name, for a block on its own:
             `MMRecBlock(model_dim=4096, num_heads=8, use_hem=True, pe_dim=4096)`.
-        layer_index: which of the layers it is, from 0: some have a window instead of a matrix.
+        layer_index: which of the layers it is, from 0: some have a window instead of a matrix, some no planning error.
     """
 
     def __init__(self, config: MMRecConfig | None = None, layer_index: int = 0, **fields: Any) -> None:
@@ -67,7 +67,7 @@ class MMRecBlock(nn.Module):
         self.norm = RMSNorm(dim, eps=config.norm_eps)
         kind = FusedProjections if config.use_hem else SeparateProjections
         self.projections: FusedProjections | SeparateProjections = kind(dim, config.pe_width, config.initializer_range)
-        self.mdi = MDI(config)
+        self.mdi = MDI(config, layer_index)
         self.state_gate = _StateGate(dim, learned=config.state_gate)
         self.head_decay = HeadDecay(dim, config.heads, config.initializer_range)
         self.has_window = config.has_window(layer_index)
@@ -205,12 +205,13 @@ class MMRecBlock(nn.Module):
     ) -> uboo.PlanningLoss:
         """UBÖO's loss of this block; `h_target` is `h` as the gradient of the planning target may reach it."""
         weights = (self.mdi.W_planning_error, self.mdi.W_planning_target)
-        counted = uboo.counted_tokens(h, before, reset)
+        horizon = self.config.planning_horizon
+        counted = uboo.counted_tokens(h, before, reset, horizon)
         if self.config.planning_loss == "mse":
-            loss = uboo.literal_loss(*weights, h, h_target, before, counted)
-            target = None if record is None else self.mdi.W_planning_target(uboo.shift(h_target, before))
+            loss = uboo.literal_loss(*weights, h, h_target, before, counted, horizon)
+            target = None if record is None else self.mdi.W_planning_target(uboo.shift(h_target, before, horizon))
         else:
-            loss, target = uboo.normalized_loss(*weights, h, uboo.shift(h_target, before), counted)
+            loss, target = uboo.normalized_loss(*weights, h, uboo.shift(h_target, before, horizon), counted)
         if record is not None and target is not None:
             record["planning_target"] = target.detach()
             record["counted"] = counted

@@ -41,9 +41,10 @@ class MemoryLogger(Logger):
         points = self.scalars.get(tag)
         return points[-1][1] if points else None
 
-    def mean_of_layers(self, quantity: str) -> float | None:
-        """Mean over layers of the latest `aux/layer_NN/<quantity>`."""
-        found = [points[-1][1] for tag, points in self.scalars.items() if tag.startswith("aux/layer_") and tag.endswith(f"/{quantity}")]
+    def mean_of_layers(self, quantity: str, first: int = 0) -> float | None:
+        """Mean over layers, from `first` on, of the latest `aux/layer_NN/<quantity>`."""
+        tags = {tag: tag.removeprefix("aux/layer_").removesuffix(f"/{quantity}") for tag in self.scalars}
+        found = [self.scalars[tag][-1][1] for tag, layer in tags.items() if layer.isdecimal() and int(layer) >= first]
         return sum(found) / len(found) if found else None
 
 

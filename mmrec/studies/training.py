@@ -14,6 +14,7 @@ import datamodules
 from callbacks import AuxiliaryLossCurves, StepLatency
 from lightning_modules import BaselineLightningModule, MMRecLightningModule
 from mmrec.commandline.class_paths import imported_class
+from mmrec.config import MMRecConfig
 from mmrec.measuring.machine import device, machine
 from mmrec.studies.recording import MainLosses, MemoryLogger
 from mmrec.studies.runs import Row, Run
@@ -22,7 +23,8 @@ from mmrec.studies.statistics import detrended_variance, smoothed
 GIB = 2**30
 _DIAGNOSES = 10  # of the auxiliary loss, in a run
 _KEPT = ("val/", "aux/grad_", "aux/share_of_total")  # tags whose curves are kept, beside those of layers' means
-_OF_LAYERS = ("target_variance", "target_effective_rank", "gate_jacobian_max", "gate_jacobian_share")
+_OF_LAYERS = ("gate_jacobian_max", "gate_jacobian_share")
+_OF_PLANNING_LAYERS = ("target_variance", "target_effective_rank")
 
 
 class Outcome(NamedTuple):
@@ -122,11 +124,17 @@ def train(run: Run) -> Outcome:
         "grad_cosine": logger.last("aux/grad_cosine"),
         "grad_norm_ratio": logger.last("aux/grad_norm_ratio"),
         **{name: logger.mean_of_layers(name) for name in _OF_LAYERS},
+        **{name: logger.mean_of_layers(name, _first_planning_layer(run)) for name in _OF_PLANNING_LAYERS},
         **machine(device()),
     }
     curves = {"train/loss_main": smoothed(by_step)}
     curves |= {tag: _rounded(points) for tag, points in logger.scalars.items() if tag.startswith(_KEPT) and not tag.endswith("ppl")}
     return Outcome(row, curves)
+
+
+def _first_planning_layer(run: Run) -> int:
+    network = run.network
+    return network.first_planning_layer if isinstance(network, MMRecConfig) else 0
 
 
 def _data(run: Run) -> Any:

@@ -40,7 +40,9 @@ FILES = {
     "model:\n  network: 3\n": "model.network: expected a mapping of keys to values, got 3",
     "data: 3\n": "data: expected a class path, or a mapping with class_path and init_args, or null, got 3",
     "model:\n  network:\n    pe_dim: [1]\n": "model.network.pe_dim: expected int or null, got [1]",
-    "model:\n  network: {planning_loss: mze}\n": "model.network.planning_loss: expected one of mse, normalized, got mze; did you mean mse?",
+    "model:\n  network: {planning_loss: mze}\n": (
+        "model.network.planning_loss: expected one of mse, normalized, ema, decode, order, got mze; did you mean mse?"
+    ),
     "data:\n  init_args:\n    seq_len: .nan\n": "data.seq_len: expected int, got nan",
     "data:\n  class_path: datamodules.C4DataModul\n": "data: datamodules has no class C4DataModul; did you mean C4DataModule?",
     "trainer:\n  callbacks: 3\n": "trainer.callbacks: expected list or a class path,",

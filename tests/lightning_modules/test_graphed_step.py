@@ -36,8 +36,16 @@ def of_autograd(network: MMRecModel, one: dict[str, Tensor], scale: float) -> tu
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"use_uboo": True, "orthogonalize": True}, {"activation_checkpointing": True}, {"activation_checkpointing": "selective"}],
-    ids=["plain", "planned", "recomputed", "selective"],
+    [
+        {},
+        {"use_uboo": True, "orthogonalize": True},
+        {"use_uboo": True, "planning_horizon": 4, "planning_layers": "last"},
+        {"use_uboo": True, "planning_loss": "decode"},
+        {"use_uboo": True, "planning_loss": "order"},
+        {"activation_checkpointing": True},
+        {"activation_checkpointing": "selective"},
+    ],
+    ids=["plain", "planned", "ahead", "decode", "order", "recomputed", "selective"],
 )
 def test_replayed_gradients_are_those_of_autograd(micro_batches: int, fields: dict[str, Any]) -> None:
     torch.manual_seed(0)
@@ -89,12 +97,14 @@ def test_gradients_that_others_cleared_are_there_again() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("validated", [False, True])
-def test_training_with_a_graph_ends_where_training_without_does(tmp_path: Path, stubs: ModuleType, validated: bool) -> None:
-    """Also where it is validated in between: Lightning clears the gradients then."""
+@pytest.mark.parametrize(("validated", "planning_loss"), [(False, "mse"), (True, "mse"), (False, "ema")])
+def test_training_with_a_graph_ends_where_training_without_does(
+    tmp_path: Path, stubs: ModuleType, validated: bool, planning_loss: str
+) -> None:
+    """Also where it is validated in between: Lightning clears the gradients then. And where a moving average is read within the graph."""
     ends = []
     for cuda_graph in (False, True):
-        module = stubs.make_module({"use_uboo": True}, cuda_graph=cuda_graph)
+        module = stubs.make_module({"use_uboo": True, "planning_loss": planning_loss}, cuda_graph=cuda_graph)
         options = {"accelerator": "gpu", "precision": "bf16-mixed", "max_steps": 8, "accumulate_grad_batches": 2}
         options |= {"limit_val_batches": int(validated)} | ({"val_check_interval": 6} if validated else {})
         trainer = stubs.make_trainer(tmp_path / str(cuda_graph), [], **options)

@@ -8,7 +8,12 @@ import torch
 from lightning_modules.parameter_groups import assert_covers, parameter_groups
 from mmrec.model import MMRecModel
 
-NETWORKS = [{}, {"planning_loss": "normalized"}, {"use_hem": False, "use_dpg": True}, {"tie_embeddings": False}, {"use_uboo": False}]
+NETWORKS = [
+    *({"planning_loss": form} for form in ("mse", "normalized", "ema", "decode", "order")),
+    {"use_hem": False, "use_dpg": True},
+    {"tie_embeddings": False},
+    {"use_uboo": False},
+]
 
 
 @pytest.fixture(params=NETWORKS)
