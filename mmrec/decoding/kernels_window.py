@@ -18,10 +18,9 @@ def channels(ptr, word, K, round_ptr, PACKED: tl.constexpr):
     """A head's vector in fp32, as precise as what `round_ptr` points to: of every word the even and the odd element, or the one twice."""
     PER: tl.constexpr = 2 if PACKED else 1
     even = rounded(tl.load(ptr + word * PER, mask=word * PER < K, other=0.0), round_ptr)
+    odd = even
     if PACKED:
         odd = rounded(tl.load(ptr + word * 2 + 1, mask=word * 2 + 1 < K, other=0.0), round_ptr)
-    else:
-        odd = even
     return even, odd
 
 
@@ -54,17 +53,17 @@ def merged(parts_ptr, extremes_ptr, channel, K, BK: tl.constexpr, SPLITS: tl.con
     total = 0.0
     r = tl.zeros([BK], tl.float32)
     for first in range(0, SPLITS, PARTS):
-        index = first + tl.arange(0, PARTS)[:, None]
+        index = first + tl.arange(0, PARTS)
         inside = index < SPLITS
-        mask = inside & (channel[None, :] < K)
+        mask = inside[:, None] & (channel[None, :] < K)
         maxima = tl.load(extremes_ptr + index, mask=inside, other=float("-inf"), cache_modifier=".cg")
         totals = tl.load(extremes_ptr + SPLITS + index, mask=inside, other=0.0, cache_modifier=".cg")
-        sums = tl.load(parts_ptr + index * K + channel[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        sums = tl.load(parts_ptr + index[:, None] * K + channel[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         above = tl.maximum(largest, tl.max(maxima))
         weight = tl.exp(maxima - above)
         kept = tl.exp(largest - above)
         total = kept * total + tl.sum(weight * totals)
-        r = kept * r + tl.sum(weight * sums, 0)
+        r = kept * r + tl.sum(weight[:, None] * sums, 0)
         largest = above
     return r / total
 
@@ -123,11 +122,11 @@ def window_kernel(
     head = which % H
     batch = (which // H).to(tl.int64)
     first_slot = which.to(tl.int64) * W
-    slot = split * BN + tl.arange(0, BN)[:, None]
+    slot = split * BN + tl.arange(0, BN)
     word = tl.arange(0, BW)[None, :]
     inside = slot < W
-    mask = inside & (word < row)
-    cells = slot * row + word
+    mask = inside[:, None] & (word < row)
+    cells = slot[:, None] * row + word
     keys_ptr += first_slot * row
     values_ptr += first_slot * row
     keys = tl.load(keys_ptr + cells, mask=mask, other=0, eviction_policy="evict_first")  # written last by the token before
@@ -147,11 +146,11 @@ def window_kernel(
     v_even, v_odd = channels(v_ptr + part, word, K, y_ptr, PACKED)
     log_alpha = rate * logsigmoid(-(tl.load(logits_ptr + which) + dt_bias))
 
-    keys = tl.where(new, closed(k_even, k_odd, PACKED), keys)
-    values = tl.where(new, closed(v_even, v_odd, PACKED), values)
+    keys = tl.where(new[:, None], closed(k_even, k_odd, PACKED), keys)
+    values = tl.where(new[:, None], closed(v_even, v_odd, PACKED), values)
     decay = tl.where(new, 0.0, decay + log_alpha)
-    tl.store(keys_ptr + cells, keys, mask=mask & new)
-    tl.store(values_ptr + cells, values, mask=mask & new)
+    tl.store(keys_ptr + cells, keys, mask=mask & new[:, None])
+    tl.store(values_ptr + cells, values, mask=mask & new[:, None])
     tl.store(decay_ptr + first_slot + slot, decay, mask=inside)
     tl.store(log_alpha_ptr + first_slot + slot, tl.where(new, log_alpha, 0.0), mask=new)
 
@@ -160,16 +159,17 @@ def window_kernel(
     products = key_even * q_even
     if PACKED:
         products += key_odd * q_odd
-    scores = temperature * tl.sum(products, 1, keep_dims=True) + decay
+    scores = temperature * tl.sum(products, 1) + decay
     largest = tl.maximum(tl.max(scores), LOWEST)
-    p = tl.exp(scores - largest)  # −∞ where nothing is
+    p = tl.exp(scores - largest)  # 0 where nothing is
+    weight = p[:, None]
     sums_ptr = parts_ptr + (which.to(tl.int64) * SPLITS + split) * K
     columns = tl.arange(0, BW)
     if PACKED:
-        tl.store(sums_ptr + columns * 2, tl.sum(p * value_even, 0), mask=columns * 2 < K)
-        tl.store(sums_ptr + columns * 2 + 1, tl.sum(p * value_odd, 0), mask=columns * 2 + 1 < K)
+        tl.store(sums_ptr + columns * 2, tl.sum(weight * value_even, 0), mask=columns * 2 < K)
+        tl.store(sums_ptr + columns * 2 + 1, tl.sum(weight * value_odd, 0), mask=columns * 2 + 1 < K)
     else:
-        tl.store(sums_ptr + columns, tl.sum(p * value_even, 0), mask=columns < K)
+        tl.store(sums_ptr + columns, tl.sum(weight * value_even, 0), mask=columns < K)
     extremes_ptr += which * 2 * SPLITS
     tl.store(extremes_ptr + split, largest)
     tl.store(extremes_ptr + SPLITS + split, tl.sum(p))

@@ -1,7 +1,6 @@
 """A window in fixed places: rings of W slots a head, in which a token takes the oldest one's slot and nothing else moves."""
 
 import torch
-from torch import Tensor
 
 from mmrec.config import MMRecConfig
 from mmrec.ops.window_attention import WindowState
