@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mmrec.core.memory import BlockState, copy_state
-from mmrec.decoding.support import unsupported
 from mmrec.decoding.rings import Ring
+from mmrec.decoding.support import unsupported
 from mmrec.model import MMRecModel
 
 if TYPE_CHECKING:
