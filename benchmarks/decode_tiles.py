@@ -24,6 +24,7 @@ PRODUCTS = [
     (1, 1024, 8), (2, 1024, 8), (4, 1024, 8), (2, 2048, 8), (4, 256, 2), (8, 256, 2),
 ]  # fmt: skip
 MEMORIES = [(16, 4), (32, 4), (32, 8), (64, 4), (64, 8), (128, 8), (128, 16)]  # columns a program, warps
+WINDOWS = [(32, 4), (32, 8), (64, 4), (128, 8), (128, 16), (256, 16)]  # slots a program, warps
 REPEATS = 12  # launches of a kernel that a network has once, so that the host keeps ahead
 KEEP = 0.99  # the present tiles stay unless others take less than this share of their time
 TIMED = 15  # replays
@@ -35,11 +36,13 @@ def candidates(kernel: str) -> list[Options]:
     """Options to try, the present ones not among them."""
     if kernel == "memory":
         return [{"BV": columns, "num_warps": warps} for columns, warps in MEMORIES]
+    if kernel == "window":
+        return [{"BN": slots, "num_warps": warps} for slots, warps in WINDOWS]
     return [{"R": rows, "BW": words, "num_warps": warps} for rows, words, warps in PRODUCTS]
 
 
 def launches(model: MMRecModel, state: list[BlockState], logits: torch.Tensor, kernel: str) -> list[Launch]:
-    """A kernel's launches of all layers."""
+    """A kernel's launches of all layers; none where no layer has it."""
     found = [launch for launch in FusedStep(model, state, logits).launches if launch.name == kernel]
     return found if len(found) > 1 else found * REPEATS
 
@@ -108,6 +111,9 @@ def sweep(model: MMRecModel, output: Path, clock: Clock, batch: int = 1) -> dict
             with tiles.overridden(**{kernel: options}):
                 return replayed_us(launches(model, state, logits, kernel), where, clock)
 
+        if not launches(model, state, logits, kernel):
+            best[kernel] = dict(present[kernel])
+            continue
         times = {}
         for options in [present[kernel], *(other for other in candidates(kernel) if other != present[kernel])]:
             took = guarded(time_of, options)

@@ -98,6 +98,10 @@ def test_the_floor_by_hand(scripts: SimpleNamespace) -> None:
     weights = 10 * 8 + 8 + projection + gates + heads + rest
     assert scripts.decode.weight_bytes(model) == 4 * weights
     assert scripts.decode.step_bytes(model, 3) == 4 * (weights + 2 * 3 * (8 + 2 * 4 * 4))
+    inside = MMRecModel(vocab_size=10, model_dim=8, num_layers=3, num_heads=2, window_every=3, window=5).bfloat16()
+    state = 4 * (3 * 8 + 2 * 8 * 4)  # three layers' h, two matrices
+    tokens = 5 * (2 * 2 * 8 + 4 * 2)  # keys, values, decays: four read, one written
+    assert scripts.decode.step_bytes(inside, 3) == scripts.decode.weight_bytes(inside) + 3 * (2 * state + tokens)
     untied = MMRecModel(vocab_size=10, model_dim=8, num_layers=1, tie_embeddings=False)
     tied = MMRecModel(vocab_size=10, model_dim=8, num_layers=1)
     assert scripts.decode.weight_bytes(untied) == scripts.decode.weight_bytes(tied)
@@ -147,3 +151,15 @@ def test_a_sweep_keeps_the_present_tiles_unless_others_are_faster(
     assert table["kernels"].keys() == present.keys()
     assert table["found"]["torch"] == torch.__version__
     assert not any(row["num_warps"] == 8 for row in table["timings"] if "R" in row)
+
+
+def test_kernels_that_no_layer_has_keep_their_tiles(scripts: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = scripts.decode_tiles
+    present = module.tiles.read_table()["kernels"]
+    monkeypatch.setattr(module, "unsupported", lambda *_: "")
+    monkeypatch.setattr(module, "replayed_us", lambda calls, where, clock: float(module.tiles._OVERRIDES[calls[0].name]["num_warps"]))
+    monkeypatch.setattr(module, "whole_step", lambda *_: (1.0, 0.0))
+    model = MMRecModel(vocab_size=10, model_dim=8, num_layers=1, num_heads=2, window_every=1, window=4)
+    table = module.sweep(model, tmp_path / "tiles.json", scripts.decode.token_ms)
+    timed = {row["kernel"] for row in table["timings"]}
+    assert timed == present.keys() - {"memory"}

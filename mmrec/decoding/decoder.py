@@ -1,18 +1,22 @@
 """The step of decoding with everything in fixed places, so that one CUDA graph replays it for every token.
 
 Shapes: token ids (B,) int64; logits (B, vocab_size) in the weights' dtype; the state of each layer, h (B, D) and M (B, H, K, V), in fp32
-(float64 for a float64 network). Neither the time of a step nor the memory depends on how much was read.
+(float64 for a float64 network), or a window's tokens in M's place. Neither the time of a step nor the memory depends on how much was read.
 """
 
-from collections.abc import Callable
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mmrec.core.memory import BlockState, copy_state
+from mmrec.decoding.rings import Ring
 from mmrec.decoding.support import unsupported
 from mmrec.model import MMRecModel
+
+if TYPE_CHECKING:
+    from mmrec.decoding.fused_step import FusedStep
 
 # Sequences up to which the fused step is the faster one: 4.4 ms for two, where the modules took 5.6 for one and 6.2 for eight, but 7.0 for
 # four (7B on an H200).
@@ -20,7 +24,7 @@ FASTER = 2
 _WARM_UPS = 2  # steps before the capture: the first compiles, the second shows that nothing is left to be set up
 
 
-def _fused_step(model: MMRecModel, state: list[BlockState], logits: Tensor) -> Callable[[Tensor], None]:
+def _fused_step(model: MMRecModel, state: list[BlockState], logits: Tensor) -> "FusedStep":
     from mmrec.decoding.fused_step import FusedStep  # Triton exists on Linux alone
 
     return FusedStep(model, state, logits)
@@ -43,7 +47,6 @@ class Decoder:
     Attributes:
         logits: (B, vocab_size), of the token after the last one given; the next step overwrites them.
         tokens: (B,) int64, the token last read; with `greedy` the one to be read next.
-        state: one `BlockState` a layer, overwritten by every step.
         fused: whether `FusedStep` runs.
         reason: why not; empty where it does.
 
@@ -64,13 +67,21 @@ class Decoder:
         self.fused = not self.reason
         self.logits = torch.zeros(batch_size, model.config.vocab_size, dtype=weight.dtype, device=weight.device)
         self.tokens = torch.zeros(batch_size, dtype=torch.int64, device=weight.device)
-        self.state = model.init_state(batch_size)
+        self._state = model.init_state(batch_size)
         self._model: MMRecModel | None = model
         self._greedy = greedy
-        self._step = _fused_step(model, self.state, self.logits) if self.fused else None
+        self._step: FusedStep | None = None
+        if self.fused:
+            self._state = [own._replace(window=None) for own in self._state]  # it has rings
+            self._step = _fused_step(model, self._state, self.logits)
         self._graph: torch.cuda.CUDAGraph | None = None
         if weight.is_cuda:
             self._capture(weight.device)
+
+    @property
+    def state(self) -> list[BlockState]:
+        """One `BlockState` a layer, overwritten by every step, but for the windows of the fused step: a look copies them from its rings."""
+        return [own if ring is None else own._replace(window=ring.state()) for own, ring in self._layers()]
 
     @torch.inference_mode()
     def load(self, state: list[BlockState]) -> None:
@@ -79,9 +90,13 @@ class Decoder:
         Raises:
             ValueError: for a state of another number of layers or of another shape.
         """
-        if len(state) != len(self.state):
-            raise ValueError(f"state has {len(state)} layers, the network {len(self.state)}; give one BlockState a layer")
-        copy_state(self.state, state)
+        own = self.state
+        if len(state) != len(own):
+            raise ValueError(f"state has {len(state)} layers, the network {len(own)}; give one BlockState a layer")
+        copy_state(own, state)
+        for layer, (_, ring) in zip(own, self._layers(), strict=True):
+            if ring is not None and layer.window is not None:
+                ring.load(layer.window)
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:
@@ -103,13 +118,18 @@ class Decoder:
         if self._graph is not None:
             self._graph.reset()
         self._graph = self._step = self._model = None
-        self.state = []
+        self._state = []
 
     def __enter__(self) -> "Decoder":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+    def _layers(self) -> list[tuple[BlockState, Ring | None]]:
+        """Of every layer what lies in fixed places; a ring in the place of a window where the fused step runs."""
+        rings: list[Ring | None] = [None] * len(self._state) if self._step is None else self._step.rings
+        return list(zip(self._state, rings, strict=True))
 
     def _run(self) -> None:
         if self._step is not None:
@@ -135,7 +155,9 @@ class Decoder:
             with torch.cuda.graph(graph):
                 self._run()
             self._graph = graph
-        for own in self.state:
+        for own, ring in self._layers():
             for tensor in own.kept():
                 tensor.zero_()
+            if ring is not None:
+                ring.clear()
         self.tokens.zero_()

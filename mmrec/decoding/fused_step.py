@@ -6,6 +6,7 @@
 | `gates_in` | `W_in` of both gates (`W_down`) | their hidden layers, (B, 2, D/4), GELU; with DPG (B, R), ReLU |
 | `short_term` | `W_out` of both gates (`W_up`), `w_g` | `h`, (B, D) fp32, in place |
 | `memory` | `g_r`, `g_h` | `M`, (B, H, K, V) fp32, in place; the gated read-out, (B, D) |
+| `window` | `g_r`, `g_h` | in the memory's place where a layer has one: a token in `rings.Ring`; the gated read-out |
 | `out` | `W_o` | `x + W_o y` |
 | `gate_up` | `W_gate_up` | `SiLU(gate) · up` of `RMSNorm(x)`, (B, F) |
 | `down` | `W_down` | `x + W_down y` |
@@ -24,7 +25,9 @@ from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.core.decay import LOG_GAMMA_MAX, LOG_GAMMA_MIN
 from mmrec.core.memory import BlockState
 from mmrec.decoding import kernels
-from mmrec.decoding.tiles import dependent_launch, memory_options, product_options
+from mmrec.decoding.kernels_window import window_kernel
+from mmrec.decoding.rings import Ring
+from mmrec.decoding.tiles import dependent_launch, memory_options, product_options, window_options
 from mmrec.model import MMRecModel
 from mmrec.ops.launching import blocks
 
@@ -61,9 +64,12 @@ class FusedStep:
 
     Args:
         model: a network for which `support.unsupported` has nothing to say.
-        state: of every layer, fp32, contiguous; changed in place by every call.
+        state: of every layer, fp32, contiguous; `h` and `M` are changed in place by every call, windows not looked at.
         logits: (B, vocab_size) in the weights' dtype, written by every call.
         dependent: let kernels start early (`tiles.dependent_launch`); None: where the device can.
+
+    Attributes:
+        rings: of every layer, the window's tokens, empty at first; None where it has a matrix.
     """
 
     def __init__(self, model: MMRecModel, state: list[BlockState], logits: Tensor, dependent: bool | None = None) -> None:
@@ -88,9 +94,12 @@ class FusedStep:
         self.y = buffer(batch, dim)
         self.inner = buffer(batch, config.ffn_width)
 
+        self.rings: list[Ring | None] = [
+            Ring(config, batch, weight.dtype, weight.device) if config.has_window(index) else None for index in range(config.num_layers)
+        ]
         self.launches: list[Launch] = []
-        for block, own in zip(model.blocks, state, strict=True):
-            self.launches += self._layer(cast(MMRecBlock, block), own)
+        for block, own, ring in zip(model.blocks, state, self.rings, strict=True):
+            self.launches += self._layer(cast(MMRecBlock, block), own, ring)
         self.launches.append(self._product("head", self.x, model.head.weight, logits, norm=model.norm))
 
     def __call__(self, tokens: Tensor) -> None:
@@ -106,7 +115,7 @@ class FusedStep:
         offset = {"q": 0, "k": dim, "v": 2 * dim, "z": 3 * dim, "p": 4 * dim, "e": 4 * dim + pe}[name]
         return self.parts[:, offset : offset + (pe if name == "p" else dim)]
 
-    def _layer(self, block: MMRecBlock, state: BlockState) -> list[Launch]:
+    def _layer(self, block: MMRecBlock, state: BlockState, ring: Ring | None) -> list[Launch]:
         """A block's kernels, from `self.x` to `self.x`."""
         projections, mdi = block.projections, block.mdi
         assert isinstance(projections, FusedProjections)
@@ -123,7 +132,7 @@ class FusedStep:
             self._product("projection", self.x, fused.weight, self.parts, bias=fused.bias, norm=block.norm, alpha=block.head_decay.w_alpha),
             gates_in,
             self._short_term(block, state),
-            self._memory(block, state),
+            self._memory(block, state) if ring is None else self._window(block, state, ring),
             self._product("out", self.y, block.W_o.weight, self.x_mid, residual=self.x),
             self._product("gate_up", self.x_mid, block.ffn.W_gate_up.weight, self.inner, norm=block.ffn_norm, activation="swiglu"),
             self._product("down", self.inner, block.ffn.W_down.weight, self.x, residual=self.x_mid),
@@ -201,3 +210,19 @@ class FusedStep:
         numbers = (config.heads, config.head_dim, self.parts.stride(0), self.eps)
         grid = (self.batch * config.heads * slices,)
         return self._launch("memory", kernels.memory_kernel, grid, (*tensors, *numbers), options | {"SLICES": slices})
+
+    def _window(self, block: MMRecBlock, state: BlockState, ring: Ring) -> Launch:
+        config, decay = self.config, block.head_decay
+        assert block.temperature is not None
+        keys, values = _words(ring.k), _words(ring.v)
+        heads, words = self.batch * config.heads, keys.shape[-1]
+        options = window_options(config.head_dim, words, config.window, heads)
+        inputs = tuple(self._part(name) for name in "qkve")
+        decays = (self.alpha_logits, decay.dt_bias.detach(), decay.A_log.detach(), block.temperature.log_temperature.detach())
+        slots = (keys, values, ring.log_alpha, ring.decay, ring.position)
+        shapes = ((heads, options["SPLITS"], config.head_dim), (heads, 2, options["SPLITS"]))
+        scratch = (*(torch.zeros(shape, dtype=torch.float32, device=keys.device) for shape in shapes), self.arrived)
+        tensors = (*inputs, *decays, state.h, *slots, block.g_r.detach(), block.g_h.detach(), *scratch, self.y)
+        numbers = (config.heads, config.head_dim, config.window, words, self.parts.stride(0), self.eps)
+        grid = (heads * options["SPLITS"],)
+        return self._launch("window", window_kernel, grid, (*tensors, *numbers), options | {"PACKED": self.packed})

@@ -315,6 +315,17 @@ def rms_normed(x, width, eps):
 
 
 @triton.jit
+def read_out(r, h_ptr, e_ptr, g_r_ptr, g_h_ptr, y_ptr, channel, width, eps):
+    """`y = σ(e) (g_r RMSNorm(r) + g_h RMSNorm(h))` of a head, from `r` in fp32; the pointers are to the head's first elements."""
+    inside = channel < width
+    h = rounded(tl.load(h_ptr + channel, mask=inside, other=0.0), y_ptr)
+    recalled = rms_normed(rounded(r, y_ptr), width, eps) * tl.load(g_r_ptr + channel, mask=inside, other=0.0)
+    recent = rms_normed(h, width, eps) * tl.load(g_h_ptr + channel, mask=inside, other=0.0)
+    gate = sigmoid(tl.load(e_ptr + channel, mask=inside, other=0.0).to(tl.float32))
+    tl.store(y_ptr + channel, (gate * (recalled + recent)).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def memory_kernel(
     q_ptr,
     k_ptr,
@@ -382,8 +393,4 @@ def memory_kernel(
             tl.store(arrived_ptr + which, 0)
         else:
             whole_r = r
-        whole_h = rounded(tl.load(h_ptr + own + channel, mask=inside, other=0.0), y_ptr)
-        recalled = rms_normed(rounded(whole_r, y_ptr), W, eps) * tl.load(g_r_ptr + head * W + channel, mask=inside, other=0.0)
-        recent = rms_normed(whole_h, W, eps) * tl.load(g_h_ptr + head * W + channel, mask=inside, other=0.0)
-        gate = sigmoid(tl.load(e_ptr + part + channel, mask=inside, other=0.0).to(tl.float32))
-        tl.store(y_ptr + own + channel, (gate * (recalled + recent)).to(y_ptr.dtype.element_ty), mask=inside)
+        read_out(whole_r, h_ptr + own, e_ptr + part, g_r_ptr + head * W, g_h_ptr + head * W, y_ptr + own, channel, W, eps)

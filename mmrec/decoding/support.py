@@ -8,7 +8,8 @@ from mmrec.ops.registration import runs_kernel
 BATCH = 4  # sequences at most: beyond, a product's arithmetic takes longer than its weights
 HEAD_WIDTH = 512
 _DTYPES = (torch.float32, torch.bfloat16)
-_WIDE = (".out_bias.bias", ".up_bias.bias", ".w_g", ".w_alpha", ".A_log", ".dt_bias")  # fp32 whatever the rest is
+# fp32 whatever the rest is.
+_WIDE = (".out_bias.bias", ".up_bias.bias", ".w_g", ".w_alpha", ".A_log", ".dt_bias", ".log_temperature")
 
 
 def unsupported(model: MMRecModel, batch_size: int) -> str:
@@ -19,8 +20,6 @@ def unsupported(model: MMRecModel, batch_size: int) -> str:
         return f"the network lies on {weight.device}"
     if not config.use_hem:
         return "use_hem is false: six projections"
-    if config.window_every is not None:
-        return "layers with a window"
     if batch_size > BATCH:
         return f"{batch_size} sequences, more than {BATCH}"
     if config.head_dim > HEAD_WIDTH:

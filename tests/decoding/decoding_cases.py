@@ -11,7 +11,10 @@ from mmrec.model import MMRecModel
 VOCAB = 50
 PRODUCTS = ("projection", "gates_in", "short_term", "out", "gate_up", "down", "head")
 # Several tiles along rows and words, and tails of both, at widths that the interpreter gets through.
-SMALL = {name: {"R": 16, "BW": 32, "num_warps": 1} for name in PRODUCTS} | {"memory": {"BV": 8, "num_warps": 1}}
+SMALL = {name: {"R": 16, "BW": 32, "num_warps": 1} for name in PRODUCTS} | {
+    "memory": {"BV": 8, "num_warps": 1},
+    "window": {"BN": 4, "num_warps": 1},
+}
 
 
 def network(**options: Any) -> MMRecModel:

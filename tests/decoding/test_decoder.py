@@ -49,7 +49,10 @@ def test_why_the_fused_step_would_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert unsupported(model, 4) == ""
     assert unsupported(network(model_dim=16, num_heads=2).bfloat16(), 4) == ""
     assert "5 sequences" in unsupported(model, 5)
-    assert unsupported(network(model_dim=16, num_heads=2, window_every=1), 1) == "layers with a window"
+    windows = network(model_dim=16, num_heads=2, window_every=1).bfloat16()
+    assert unsupported(windows, 4) == ""
+    windows.blocks[0].temperature.log_temperature.data = torch.zeros(2, dtype=torch.bfloat16)
+    assert "log_temperature is torch.bfloat16" in unsupported(windows, 1)
     assert "use_hem" in unsupported(network(model_dim=16, num_heads=2, use_hem=False), 1)
     assert "1024 channels" in unsupported(network(model_dim=1024, num_heads=1), 1)
     assert "torch.float64" in unsupported(network(model_dim=16).double(), 1)

@@ -1,0 +1,61 @@
+"""A window in a ring: what a state becomes there, and what is read back."""
+
+import pytest
+import torch
+
+from mmrec.config import MMRecConfig
+from mmrec.decoding.rings import Ring
+from mmrec.ops.window_attention import WindowState
+
+WIDTH = 6
+
+
+def ring_of(window: int, dtype: torch.dtype = torch.float32) -> Ring:
+    return Ring(MMRecConfig(model_dim=2 * WIDTH, num_heads=2, window_every=1, window=window), 3, dtype, torch.device("cpu"))
+
+
+def some_state(window: int, unseen: int = 0) -> WindowState:
+    tokens = (3, window - 1, 2)
+    seen = torch.arange(window - 1).expand(3, -1) >= unseen
+    return WindowState(torch.randn(*tokens, WIDTH), torch.randn(*tokens, WIDTH), -torch.rand(tokens), seen)
+
+
+@pytest.mark.parametrize("window", [1, 2, 5])
+def test_a_state_comes_back(window: int) -> None:
+    ring, state = ring_of(window), some_state(window, unseen=1)
+    ring.load(state)
+    assert all(torch.equal(found, wanted) for found, wanted in zip(ring.state(), state, strict=True))
+
+
+def test_the_oldest_comes_first_wherever_it_lies() -> None:
+    ring = ring_of(4)
+    ring.k[..., 0] = torch.tensor([10.0, 11, 8, 9])
+    ring.decay.zero_()
+    ring.position.fill_(2)  # the slot of 8: the next token's
+    state = ring.state()
+    assert state.k[0, :, 0, 0].tolist() == [9, 10, 11]
+    assert state.seen.all()
+
+
+def test_decays_are_those_of_the_tokens_since() -> None:
+    ring, state = ring_of(4), some_state(4, unseen=1)
+    state.log_alpha[0, :, 0] = torch.tensor([-1.0, -2.0, -4.0])
+    ring.load(state)
+    assert ring.decay[0, 0].tolist() == [float("-inf"), float("-inf"), -4.0, 0.0]  # the next token's slot, one unseen, two seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_whole_multiples_of_64_bytes(dtype: torch.dtype) -> None:
+    ring = ring_of(4, dtype)
+    assert ring.k.stride(2) * dtype.itemsize == 64
+    assert ring.k.dtype == ring.v.dtype == dtype
+    assert ring.decay.dtype == torch.float32
+
+
+def test_a_cleared_ring_is_a_new_one() -> None:
+    ring, new = ring_of(4), ring_of(4)
+    ring.load(some_state(4))
+    ring.position.fill_(3)
+    ring.clear()
+    for name in ("k", "v", "log_alpha", "decay", "position"):
+        assert torch.equal(getattr(ring, name), getattr(new, name))
