@@ -91,6 +91,8 @@ class MMRecConfig:
             raise ValueError(f"num_heads = {self.heads} does not divide model_dim = {self.model_dim}; choose a divisor")
         if self.model_dim % self.pe_width:
             raise ValueError(f"pe_dim = {self.pe_width} does not divide model_dim = {self.model_dim}; choose a divisor")
+        if self.window_every is not None and self.window_every > self.num_layers:
+            raise ValueError(f"window_every = {self.window_every} is more than num_layers = {self.num_layers}; give at most that many")
         choices = {
             "decay_accum_dtype": ("float32", "float64"),
             "planning_loss": _PLANNING_LOSSES,

@@ -100,9 +100,17 @@ def copy_state(target: Iterable[BlockState], source: Iterable[BlockState]) -> No
             tensor.copy_(value)
 
 
-def state_bytes(config: MMRecConfig, batch_size: int) -> int:
-    """Bytes of the fp32 state of a whole network for `batch_size` sequences; a bf16 network's windows take half of theirs."""
+def state_bytes(config: MMRecConfig, batch_size: int, *, key_bytes: int = 4, length: int | None = None) -> int:
+    """Bytes of the fp32 state of a whole network for `batch_size` sequences.
+
+    Args:
+        config: the network's.
+        batch_size: B.
+        key_bytes: of a number of a window's keys and values; 2 in a bf16 network.
+        length: tokens read, where they do not fill a window; None: they do.
+    """
     windows = sum(config.has_window(index) for index in range(config.num_layers))
     matrices = 4 * (config.num_layers - windows) * config.model_dim * config.head_dim
-    tokens = windows * (config.window - 1) * (4 * (2 * config.model_dim + config.heads) + 1)
+    kept = config.window - 1 if length is None else min(config.window - 1, length)
+    tokens = windows * kept * (2 * key_bytes * config.model_dim + 4 * config.heads + 1)
     return batch_size * (4 * config.num_layers * config.model_dim + matrices + tokens)

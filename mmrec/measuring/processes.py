@@ -3,7 +3,7 @@
 import multiprocessing
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -18,10 +18,12 @@ def _child(function: Callable[[Any], Any], worker: int, initialize: Callable[[in
             item = connection.recv()
         except EOFError:  # nothing is left to do
             return
-        result = guarded(function, item)
-        connection.send(result)
-        if isinstance(result, Failure) and ("CUDA error" in result.reason or "AcceleratorError" in result.reason):
-            return  # after an illegal access every later call of this process fails: the parent starts another one
+        connection.send(guarded(function, item))
+
+
+def _broken(result: Any) -> bool:
+    """Whether a process is of no use after this: after an illegal access every later CUDA call of it fails."""
+    return isinstance(result, Failure) and ("CUDA error" in result.reason or "AcceleratorError" in result.reason)
 
 
 class _Worker:
@@ -41,7 +43,10 @@ class _Worker:
             if not self._connection.poll(self._seconds):
                 self.stop()
                 return Failure(f"no answer within {self._seconds:.0f} s")
-            return self._connection.recv()
+            result = self._connection.recv()
+            if _broken(result):
+                self.stop()
+            return result
         except (EOFError, ConnectionError):
             self._process.join(10)
             code = self._process.exitcode
@@ -56,6 +61,11 @@ class _Worker:
         self._process = context.Process(target=_child, args=arguments, daemon=True)
         self._process.start()
         theirs.close()  # so that the child's end is the only one, and its death an end of file
+
+    def kill(self) -> None:
+        """End the process from another thread than the one that waits for it, which then sees it end."""
+        if self._process is not None:
+            self._process.kill()
 
     def stop(self) -> None:
         """End the process."""
@@ -83,11 +93,12 @@ def map_in_processes(
         workers: how many processes; 0 runs everything in this one.
         seconds: the longest an item may take, the start of its process included.
         initialize: called in every process before its first item, with the worker's number.
-        on_result: called in this process with an item and its result as soon as there is one, one call at a time.
+        on_result: called in this process with an item and its result as soon as there is one, one call at a time. What it raises, and an
+            interrupt, ends everything.
     """
     results: list[Any] = [None] * len(items)
     waiting = iter(enumerate(items))
-    lock = threading.Lock()
+    lock, stopping = threading.Lock(), threading.Event()
 
     def finish(index: int, item: Any, result: Any) -> None:
         results[index] = result
@@ -99,22 +110,33 @@ def map_in_processes(
             finish(index, item, guarded(function, item))
         return results
 
-    def work(number: int) -> None:
-        worker = _Worker(function, number, initialize, seconds)
+    def work(worker: _Worker) -> None:
         try:
             while True:
                 with lock:
-                    index, item = next(waiting, (-1, None))
+                    index, item = (-1, None) if stopping.is_set() else next(waiting, (-1, None))
                 if index < 0:
                     return
                 result = worker.run(item)
                 with lock:
-                    finish(index, item, result)
+                    if not stopping.is_set():
+                        finish(index, item, result)
+        except BaseException:
+            stopping.set()
+            raise
         finally:
             worker.stop()
 
-    workers = min(workers, len(items))
-    if workers:
-        with ThreadPoolExecutor(workers) as threads:
-            list(threads.map(work, range(workers)))
+    crew = [_Worker(function, number, initialize, seconds) for number in range(min(workers, len(items)))]
+    if crew:
+        with ThreadPoolExecutor(len(crew)) as threads:
+            shifts = [threads.submit(work, worker) for worker in crew]
+            try:
+                for shift in as_completed(shifts):
+                    shift.result()
+            except BaseException:
+                stopping.set()
+                for worker in crew:
+                    worker.kill()
+                raise
     return results

@@ -10,7 +10,7 @@ from mmrec.files import write_atomically
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows as a JSON list, the whole file or nothing; JSON has no NaN and no infinity: null in their place."""
-    write_atomically(path, (json.dumps([_finite(row) for row in rows], indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(path, (json.dumps([finite(row) for row in rows], indent=1, allow_nan=False) + "\n").encode())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -29,9 +29,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """A value of mappings, lists and numbers with None in the place of NaN and infinities."""
     if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
+        return {name: finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not abs(value) < float("inf") else value

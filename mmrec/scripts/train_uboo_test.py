@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--study", choices=list(known), default="protocol", help="which study (default: protocol); see below")
     add_study_options(parser)
     parser.add_argument("--output", type=output_file, default=Path("convergence.json"), help="the JSON file to write")
-    parser.add_argument("--quick", action="store_true", help="a minute on a CPU: a tiny network on built-in text, 60 steps, two seeds")
+    parser.add_argument("--quick", action="store_true", help="half a minute on a CPU: tiny networks on built-in text, 60 steps, two seeds")
     return parser
 
 

@@ -9,7 +9,6 @@ is worth, below 0 where it helps. Books are taken for independent, windows of on
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -141,10 +140,8 @@ def summarised(losses: Losses, restarted: Losses, books: Sequence[str], trained:
 def measure(run: Run, evaluation: Evaluation) -> list[Row]:
     """Train a run, then read the books in windows of each length."""
     trained, short = fit(run), trained_length(run)
-    spec = run.content["data"]["init_args"]
     common = run.description() | {
         **trained.parameters(),
-        "trained_on": Path(spec["tokens_dir"]).name if spec["source"] == "tokens" else spec["source"],
         "trained_length": short,
         **trained.validate(),
         "peak_gib": trained.peak_gib,

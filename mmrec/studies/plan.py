@@ -79,6 +79,7 @@ class Study:
             seed=seed,
             validations=self.validations,
             final_batches=self.final_batches,
+            sizes=self.size,
         )
 
 

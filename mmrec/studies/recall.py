@@ -1,5 +1,6 @@
 """How much is recalled, against how much is carried: multi-query associative recall by networks of several sizes of state."""
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,9 +9,10 @@ import torch
 from torch import Tensor
 
 from mmrec.baselines.config import BaselineConfig
-from mmrec.baselines.state import state_bytes
+from mmrec.baselines.state import NARROW, state_bytes
 from mmrec.commandline.errors import BadInputError
 from mmrec.config import MMRecConfig
+from mmrec.core import memory
 from mmrec.core.cross_entropy import IGNORED_LABEL
 from mmrec.measuring.machine import device, machine
 from mmrec.studies.plan import BASELINES, DEFAULT, overlays_of, variant_of
@@ -93,7 +95,7 @@ class RecallStudy:
         network["vocab_size"] = content["data"]["init_args"]["vocab_size"]
         if arm in BASELINES:
             common = {name: network[name] for name in _SHARED if name in network}
-            content["baseline"] = {"kind": arm, **common, **sizes}
+            content["baseline"] = {"kind": arm, **common, **sizes, "embedding_scale": math.sqrt(width)}  # as MM-Rec's
         return Run(study=STUDY, variant=variant_of(arm), content=content, seed=seed, validations=1, sizes=f"D {width} H {heads}")
 
 
@@ -107,7 +109,7 @@ def measure(run: Run) -> Row:
     if isinstance(config, BaselineConfig):
         carried, heads = state_bytes(config, 1, task["seq_len"]), config.num_heads
     else:
-        carried, heads = trained.module.network.state_bytes(1), config.heads
+        carried, heads = memory.state_bytes(config, 1, key_bytes=NARROW, length=task["seq_len"]), config.heads
     return {
         "study": run.study,
         "model": run.model,

@@ -64,3 +64,26 @@ class MainLosses(Callback):
         losses = torch.stack(self._kept).float().cpu()
         whole = len(losses) // accumulate * accumulate
         return [float(value) for value in losses[:whole].view(-1, accumulate).mean(1)]
+
+
+class StepPeak(Callback):
+    """The most memory that tensors take in a step, in GiB: the first two steps'.
+
+    They run without a CUDA graph, whose own memory would not be seen later, and the second has the optimiser's moments. Put it behind
+    callbacks that compute something of their own before a step: that is not the step's.
+
+    Attributes:
+        gib: None before the second step has ended, and on a CPU.
+    """
+
+    gib: float | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Forget what was before the first step."""
+        if trainer.global_step == 0 and pl_module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(pl_module.device)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Read it once."""
+        if self.gib is None and trainer.global_step == 2 and pl_module.device.type == "cuda":
+            self.gib = torch.cuda.max_memory_allocated(pl_module.device) / 2**30

@@ -1,13 +1,15 @@
 """The files of a study: rows, curves, plots; and its table for the screen."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mmrec.files import write_atomically
-from mmrec.measuring.results import read_rows
+from mmrec.measuring.machine import short_name
+from mmrec.measuring.results import finite, read_rows
 from mmrec.studies.row_file import RowFile, grouped
 from mmrec.studies.runs import IDENTITY, Row
 from mmrec.studies.statistics import steps_to
@@ -16,7 +18,8 @@ Curves = dict[str, list[list[float]]]
 # What a study's runs are compared with: the Transformer in the finals, else the network as its config has it, without UBÖO.
 _AGAINST: dict[str, dict[str, Any]] = {"finalist": {"model": "transformer++"}}
 _NETWORK = {"model": "mm-rec", "variant": None, "uboo": "off"}
-_SETTING = ("study", "batch_tokens", "steps", "gpu")  # runs that agree in these are compared
+# Runs that agree in these are compared.
+_SETTING = ("study", "size", "trained_on", "seq_len", "batch_tokens", "steps", "gpu")
 
 
 class StudyFile(RowFile):
@@ -50,38 +53,52 @@ class StudyFile(RowFile):
         for row in self.rows:
             if self.identity(row) in self._curves:
                 entry = {name: row.get(name) for name in IDENTITY} | {"curves": self._curves[self.identity(row)]}
-                entries.append(json.dumps(entry, allow_nan=False))
+                entries.append(json.dumps(finite(entry), allow_nan=False))
         write_atomically(self.curves_path, ("[\n" + ",\n".join(entries) + "\n]\n").encode())
 
     def curve(self, row: Row, tag: str) -> list[tuple[int, float]]:
-        """One of a row's curves, empty where it has none."""
-        return [(int(step), value) for step, value in self._curves.get(self.identity(row), {}).get(tag, [])]
+        """One of a row's curves, up to where it is no longer finite; empty where it has none."""
+        points = []
+        for step, value in self._curves.get(self.identity(row), {}).get(tag, []):
+            if value is None or not math.isfinite(value):
+                break
+            points.append((int(step), value))
+        return points
 
     def _compare(self) -> None:
-        """Fill `steps_to_baseline`: the step at which each run's held-out loss reaches what the baseline ends at, mean of its seeds."""
+        """Fill `steps_to_baseline`: the step at which a run's held-out loss reaches what the baseline ends at.
+
+        That is the mean over its seeds, at the learning rate that is best for it.
+        """
         for rows in grouped(self.rows, _SETTING):
             wanted = _AGAINST.get(rows[0]["study"], _NETWORK)
-            ends = [
-                curve[-1][1]
-                for row in rows
-                if all(row.get(name) == value for name, value in wanted.items()) and (curve := self.curve(row, "val/loss"))
-            ]
+            baseline = [row for row in rows if all(row.get(name) == value for name, value in wanted.items())]
+            ends = []
+            for seeds in grouped(baseline, ("lr",)):
+                curves = [self.curve(row, "val/loss") for row in seeds if row["val_loss"] is not None]
+                if all(curves) and len(curves) == len(seeds):
+                    ends.append(statistics.fmean(curve[-1][1] for curve in curves))
             for row in rows:
-                found = steps_to(self.curve(row, "val/loss"), statistics.fmean(ends)) if ends else None
+                found = steps_to(self.curve(row, "val/loss"), min(ends)) if ends else None
                 row["steps_to_baseline"] = None if found is None else round(found)
 
     def draw(self) -> list[str]:
         """Plots of every setting of every study beside the rows; the lines that say what was written, or why nothing was."""
         try:
-            from mmrec.studies.plots import draw_curves
+            from mmrec.studies.plots import PANELS, draw_curves
         except ImportError as error:
             return [f"no plots ({error}); pip install matplotlib, then --plot-only"]
         written = []
         for rows in grouped(self.rows, _SETTING):
-            name = "_".join(str(part) for part in (self.path.stem, rows[0]["study"], rows[0]["steps"], rows[0]["batch_tokens"]))
-            path = self.path.with_name(f"{name}.png")
-            arms = {title: [self._curves.get(self.identity(row), {}) for row in found] for title, found in by_arm(rows).items()}
-            draw_curves(path, f"{rows[0]['study']}: {rows[0]['steps']:,} steps of {rows[0]['batch_tokens']:,} tokens", arms)
+            first = rows[0]
+            amount = f"{first['steps']}x{first['batch_tokens']}"
+            parts = (first["study"], first["size"], first["trained_on"], amount, short_name(first["gpu"]))
+            path = self.path.with_name("_".join([self.path.stem, *(str(part) for part in parts if part)]) + ".png")
+            arms = {
+                title: [{tag: curve for tag, _ in PANELS if (curve := self.curve(row, tag))} for row in found]
+                for title, found in by_arm(rows).items()
+            }
+            draw_curves(path, f"{first['study']}: {first['steps']:,} steps of {first['batch_tokens']:,} tokens", arms)
             written.append(f"plot: {path}")
         return written
 
@@ -98,16 +115,24 @@ def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A table for the screen: a line an arm, with mean and range of its seeds, the lowest loss first."""
+    """A table for the screen: a line an arm, with mean and range of its seeds, the lowest loss first; one of NaN has diverged."""
     lines = []
     for group in grouped(rows, _SETTING):
         first = group[0]
-        lines.append(f"{first['study']}: {first['steps']:,} steps of {first['batch_tokens']:,} tokens, {first['gpu']}")
-        arms = sorted(by_arm(group).items(), key=lambda arm: statistics.fmean(row["val_loss"] for row in arm[1]))
-        for title, found in arms:
-            losses = [row["val_loss"] for row in found]
-            spread = f" ({min(losses):.4f} … {max(losses):.4f}, {len(losses)} seeds)" if len(losses) > 1 else ""
+        where = ", ".join(str(first[name]) for name in ("size", "trained_on", "gpu") if first.get(name))
+        lines.append(f"{first['study']}: {first['steps']:,} steps of {first['batch_tokens']:,} tokens, {where}")
+        arms = [(_mean([row["val_loss"] for row in found]), title, found) for title, found in by_arm(group).items()]
+        for mean, title, found in sorted(arms, key=lambda arm: (arm[0] is None, arm[0] or 0.0)):
+            losses = [row["val_loss"] for row in found if row["val_loss"] is not None]
+            spread = f" ({min(losses):.4f} … {max(losses):.4f}, {len(found)} seeds)" if len(found) > 1 and losses else ""
             steps = [row["steps_to_baseline"] for row in found if row["steps_to_baseline"] is not None]
             to_baseline = f", at the baseline's loss after {statistics.fmean(steps):,.0f}" if steps else ""
-            lines.append(f"  {statistics.fmean(losses):.4f}{spread}  {title}, {found[0]['params_m']} M{to_baseline}")
+            said = "diverged" if mean is None else f"{mean:.4f}"
+            lines.append(f"  {said}{spread}  {title}, {found[0]['params_m']} M{to_baseline}")
     return "\n".join(lines)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where one of them is none: a mean over what is left would hide it."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if len(known) == len(values) else None

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmrec.measuring.results import read_rows, write_rows
+from mmrec.measuring.results import finite, read_rows, write_rows
 from mmrec.studies.runs import Row
 
 
@@ -29,8 +29,8 @@ class RowFile:
         return tuple(row.get(name) for name in self._identity)
 
     def put(self, rows: Iterable[Row]) -> None:
-        """Take rows in, and leave out those they replace."""
-        new = list(rows)
+        """Take rows in, NaN as None as the file will have it, and leave out those they replace."""
+        new = [finite(row) for row in rows]
         replaced = {self.identity(row) for row in new}
         self.rows = [row for row in self.rows if self.identity(row) not in replaced] + new
 

@@ -13,7 +13,8 @@ from mmrec.config import MMRecConfig
 Row = dict[str, Any]
 # What tells a run's row from all others.
 IDENTITY = (
-    "study", "model", "variant", "params_m", "batch_tokens", "steps", "lr", "seed", "uboo", "orthogonalize", "lambda_P", "gpu",
+    "study", "model", "variant", "size", "trained_on", "seq_len", "params_m", "batch_tokens", "steps", "lr", "seed",
+    "uboo", "orthogonalize", "lambda_P", "gpu",
 )  # fmt: skip
 
 
@@ -28,7 +29,7 @@ class Run:
         seed: of weights and data order.
         validations: how often the loss on held-out text is taken on the way, on a part of it.
         final_batches: of each held-out source at the end; None: all.
-        sizes: what else tells it from other runs of its study, for a line on the screen.
+        sizes: which of a study's sizes it has.
     """
 
     study: str
@@ -73,6 +74,12 @@ class Run:
         return int(data["batch_size"]) * int(data["seq_len"]) * self.accumulate
 
     @property
+    def trained_on(self) -> str:
+        """The folder of tokens by its name, or what else the data is."""
+        data = self.content["data"]["init_args"]
+        return Path(data["tokens_dir"]).name if data.get("tokens_dir") else str(data.get("source", self.content["data"]["class_path"]))
+
+    @property
     def title(self) -> str:
         """For a line on the screen."""
         parts = (self.study, self.model, self.variant or "", self.sizes, f"lr {self.learning_rate:g}", f"seed {self.seed}")
@@ -90,7 +97,10 @@ class Run:
             "study": self.study,
             "model": self.model,
             "variant": self.variant,
+            "size": self.sizes or None,
             "params_m": None,
+            "trained_on": self.trained_on,
+            "seq_len": int(self.content["data"]["init_args"]["seq_len"]),
             "tokens_m": round(self.steps * self.batch_tokens / 1e6, 3),
             "steps": self.steps,
             "batch_tokens": self.batch_tokens,

@@ -15,7 +15,7 @@ def steps_to(curve: Curve, loss: float) -> float | None:
     previous: tuple[int, float] | None = None
     for step, value in curve:
         if value <= loss:
-            if previous is None or previous[1] == value:
+            if previous is None:
                 return float(step)
             share = (previous[1] - loss) / (previous[1] - value)
             return previous[0] + share * (step - previous[0])

@@ -13,14 +13,15 @@ from lightning.pytorch import Trainer, seed_everything
 import datamodules
 from callbacks import AuxiliaryLossCurves, StepLatency
 from lightning_modules import BaselineLightningModule, MMRecLightningModule
+from lightning_modules.checks import check_vocabulary
 from mmrec.commandline.class_paths import imported_class
+from mmrec.commandline.errors import BadInputError
 from mmrec.config import MMRecConfig
 from mmrec.measuring.machine import device, machine
-from mmrec.studies.recording import MainLosses, MemoryLogger
+from mmrec.studies.recording import MainLosses, MemoryLogger, StepPeak
 from mmrec.studies.runs import Row, Run
 from mmrec.studies.statistics import detrended_variance, smoothed
 
-GIB = 2**30
 _DIAGNOSES = 10  # of the auxiliary loss, in a run
 _KEPT = ("val/", "aux/grad_", "aux/share_of_total")  # tags whose curves are kept, beside those of layers' means
 _OF_LAYERS = ("gate_jacobian_max", "gate_jacobian_share")
@@ -45,8 +46,8 @@ class Trained:
         trainer: as it is after `fit`.
         losses: every step's.
         logger: the scalars.
-        seconds: of the training, validations on the way included.
-        peak_gib: the most memory that tensors took; None on a CPU.
+        seconds: of the training; validations on the way are included, and with UBÖO its diagnoses.
+        peak_gib: see `StepPeak`; None on a CPU.
     """
 
     run: Run
@@ -84,12 +85,23 @@ class Trained:
 
 
 def check(run: Run) -> None:
-    """Refuse bad settings of a run's data, which others of the study mostly share, before anything is trained.
+    """Refuse bad settings of a run before anything of its study is trained.
 
     Raises:
-        ValueError, FileNotFoundError, PermissionError, NotADirectoryError: one line, naming the thing and the remedy.
+        BadInputError: of its network or its training, naming the run.
+        ValueError, FileNotFoundError, PermissionError, NotADirectoryError: of its data; one line, naming the thing and the remedy.
+        ModuleNotFoundError: a package that a baseline's layers come from.
     """
-    _data(run).check()
+    try:
+        if not 0 <= run.seed < 2**32:
+            raise ValueError("give a seed from 0 to 4,294,967,295")
+        with torch.device("meta"):
+            module = _module(run)
+    except (TypeError, ValueError) as error:
+        raise BadInputError(f"{run.study} {run.variant or ''}: {error}") from error
+    data = _data(run)
+    data.check()
+    check_vocabulary(getattr(data, "vocab_size", None), module.config.vocab_size)
 
 
 def fit(run: Run) -> Trained:
@@ -98,15 +110,12 @@ def fit(run: Run) -> Trained:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what devices there are, a line for every run
     seed_everything(run.seed, verbose=False)
     data, module = _data(run), _module(run)
-    losses, logger = MainLosses(), MemoryLogger()
-    trainer = _trainer(run, where, [losses, *_callbacks(run, module)], logger)
-    if where.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(where)
+    losses, logger, peak = MainLosses(), MemoryLogger(), StepPeak()
+    trainer = _trainer(run, where, [losses, *_callbacks(run, module), peak], logger)
     began = time.perf_counter()
     trainer.fit(module, datamodule=data)
     seconds = time.perf_counter() - began
-    peak = torch.cuda.max_memory_allocated(where) / GIB if where.type == "cuda" else None
-    return Trained(run=run, module=module, data=data, trainer=trainer, losses=losses, logger=logger, seconds=seconds, peak_gib=peak)
+    return Trained(run=run, module=module, data=data, trainer=trainer, losses=losses, logger=logger, seconds=seconds, peak_gib=peak.gib)
 
 
 def train(run: Run) -> Outcome:

@@ -38,11 +38,44 @@ def test_a_baseline_takes_part(tmp_path: Path) -> None:
 
 def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     overlay = tmp_path / "nonsense.yaml"
-    overlay.write_text("model: {network: {num_heads: 7}}\n")
+    overlay.write_text("trainer: {precision: 16-true}\n")  # what the Trainer refuses first
     output = tmp_path / "convergence.json"
     assert main(["--quick", "--steps", "2", "--seeds", "0", "--arms", "mm-rec", str(overlay), "--output", str(output)]) == 1
     assert len(json.loads(output.read_text())) == 1
     assert "nonsense" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_said_to_and_costs_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = tmp_path / "hot.yaml"
+    overlay.write_text("model: {learning_rate: 1.0e+30, warmup_steps: 0}\n")
+    output = tmp_path / "convergence.json"
+    options = ("--quick", "--steps", "4", "--seeds", "0", "--output", str(output), "--arms")
+    assert main([*options, str(overlay), "mm-rec"]) == 0
+    assert {row["variant"]: row["val_loss"] is None for row in json.loads(output.read_text())} == {"hot": True, None: False}
+    assert "  diverged  hot" in capsys.readouterr().out
+    assert main([*options, "mm-rec"]) == 0  # the file is as good as before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: {network: {num_heads: 7}}", "protocol mine: num_heads = 7 does not divide model_dim = 64"),
+        ("model: {network: {num_head: 2}}", "protocol mine: "),
+        ("model: {learning_rate: -1.0}", "protocol mine: model.learning_rate is -1.0"),
+        ("model: {network: {vocab_size: 77}}", "the tokenizer has 1024 tokens but the network 77"),
+    ],
+)
+def test_what_an_arm_cannot_mean_is_one_line_before_anything_is_trained(
+    content: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.yaml").write_text(content + "\n")
+    with pytest.raises(SystemExit) as end:
+        main(["--quick", "--arms", "mm-rec", str(tmp_path / "mine.yaml"), "--output", str(tmp_path / "convergence.json")])
+    assert end.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not (tmp_path / "convergence.json").exists()
 
 
 @pytest.mark.parametrize(
@@ -52,6 +85,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, capsy
         (("--quick", "--arms", "uboo_msi"), "no arm uboo_msi; give mm-rec"),
         (("--stady", "protocol"), "unknown option --stady; did you mean --study?"),
         (("--quick", "--output", "nowhere/x.json"), "no folder nowhere"),
+        (("--quick", "--seeds", "-1"), "give a seed from 0"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -6,7 +6,7 @@ import torch
 from mmrec.commandline.errors import BadInputError
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
-from mmrec.studies.plan import Study, overlays, studies
+from mmrec.studies.plan import BASELINES, SIZES, Study, overlays, studies
 
 
 def test_the_protocol_is_the_founding_documents() -> None:
@@ -40,6 +40,15 @@ def test_every_overlay_changes_the_network_and_builds(name: str) -> None:
     assert run.variant == name
     with torch.device("meta"):
         MMRecModel(run.network)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("arm", BASELINES)
+def test_every_baseline_has_a_config_of_every_size(arm: str, size: str) -> None:
+    run = Study(name="baseline", what="", arms=(arm,), size=size).runs()[0]
+    assert run.model == arm
+    assert run.network.vocab_size == 32000
+    assert (run.description()["size"], run.description()["trained_on"]) == (size, "books")
 
 
 def test_overlays_are_joined_and_unknown_ones_refused() -> None:
