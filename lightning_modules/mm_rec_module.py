@@ -387,7 +387,7 @@ class MMRecLightningModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the parameters of another network, or moments of another optimiser, in one line; take up the count of tokens."""
-        check_checkpoint_shapes(checkpoint, self, asdict(self.config))
+        check_checkpoint_shapes(checkpoint, self, self.config)
         if self._trainer is not None and self._trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
             check_saved_optimizer(checkpoint, self.hparams["optimizer"])
             if self.hparams["optimizer"] == "adamw_8bit":
