@@ -120,9 +120,16 @@ def test_a_rise_is_found_between_books_that_differ_by_more() -> None:
     assert "read 256 at a time on H100: at 192–255 the loss is HIGHER (+0.0" in line
     assert "than that at 32–63 of the same 18 windows of 6 books" in line
     (line,) = verdicts(_made_up(0.0))
-    assert "the loss does not differ beyond 2 standard errors (" in line
+    assert "the loss does not differ beyond 2.57 standard errors (" in line
     (line,) = verdicts(_made_up(-0.05))
     assert "the loss is lower (-0.0" in line
+
+
+@pytest.mark.parametrize(("books", "judged"), [(3, "does not differ beyond 4.30 standard errors"), (40, "is HIGHER")])
+def test_few_books_need_more_standard_errors(books: int, judged: str) -> None:
+    far = {row["what"]: row for row in _made_up(0.0)}["far"]
+    (line,) = verdicts([far | {"books": books, "rise": 0.03, "rise_standard_error": 0.01}])
+    assert f"the loss {judged} (+0.0300 ± 0.0100)" in line
 
 
 def test_books_are_joined_in_order_and_read_from_their_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
