@@ -48,7 +48,7 @@ def joined_records(files: Sequence[str], max_bad_line_share: float, side: Split 
                 continue
             if not side.holds(record["text"]):
                 continue
-            name, number = _piece(record)
+            name, number = piece_of(record)
             if name is None or number in texts.get(name, {}):
                 name, number = (path, line_number), 0  # a key that no piece has
             texts.setdefault(name, {})[number] = record
@@ -71,7 +71,7 @@ def write_joined(files: Sequence[str], target: Path, max_bad_line_share: float, 
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _piece(record: Record) -> tuple[str | None, int]:
+def piece_of(record: Record) -> tuple[str | None, int]:
     """Name and number of the text that a record is a piece of; None where it is none."""
     url = record.get("url")
     match = _PIECE.fullmatch(url) if isinstance(url, str) else None

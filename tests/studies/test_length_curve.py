@@ -150,6 +150,15 @@ def test_books_are_joined_in_order_and_read_from_their_start(tmp_path: Path, tok
         windows_of([exact], 33)
 
 
+def test_a_copy_of_a_piece_is_no_book_of_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    urls = ["x:B#0", "x:B#1", "x:B#1", "x:C#3", "x:page", None]
+    records = [{"text": f"Text {number}.", "url": url} for number, url in enumerate(urls)]
+    (tmp_path / "b.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    books = read_books([str(tmp_path / "b.jsonl")], tokenizer)
+    assert [book.name for book in books] == ["x:B", "x:B", "x:C", "x:page", "text 4"]
+    assert tokenizer.decode(books[1].tokens.tolist()) == "Text 2."
+
+
 @pytest.mark.usefixtures("_sample_made")
 def test_the_command_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     sizes = ["--steps", "6", "--lengths", "256", "512", "--output", "rows.json"]
