@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.documents import LineCounts, parse_record, read_lines
+from datamodules.tokenise import Split
 from mmrec.files import replacing
 
 _logger = logging.getLogger(__name__)
@@ -21,7 +22,7 @@ BETWEEN = "\n\n"  # pieces were cut at the ends of paragraphs
 Record = dict[str, Any]
 
 
-def joined_records(files: Sequence[str], max_bad_line_share: float) -> Iterator[Record]:
+def joined_records(files: Sequence[str], max_bad_line_share: float, side: Split | None = None) -> Iterator[Record]:
     """Records `{"text", "timestamp", "url"}` of whole texts, in the order in which the first piece of each appears in the files.
 
     Where a number is missing the text is cut: what stands on the two sides of a gap was never adjacent. A record whose `url` names no
@@ -30,10 +31,12 @@ def joined_records(files: Sequence[str], max_bad_line_share: float) -> Iterator[
     Args:
         files: JSON-lines files (plain, .gz, .xz).
         max_bad_line_share: share of lines that may be skipped.
+        side: which records to join; the others are missing from their texts. None: all.
 
     Raises:
         ValueError: too many bad lines, or a damaged file.
     """
+    side = side or Split()
     texts: dict[Any, dict[int, Record]] = {}
     counts = LineCounts()
     for path in files:
@@ -43,7 +46,9 @@ def joined_records(files: Sequence[str], max_bad_line_share: float) -> Iterator[
             if record is None:
                 counts.require_share(max_bad_line_share, final=False)
                 continue
-            name, number = _piece(record)
+            if not side.holds(record["text"]):
+                continue
+            name, number = piece_of(record)
             if name is None or number in texts.get(name, {}):
                 name, number = (path, line_number), 0  # a key that no piece has
             texts.setdefault(name, {})[number] = record
@@ -59,14 +64,14 @@ def joined_records(files: Sequence[str], max_bad_line_share: float) -> Iterator[
             yield {"text": BETWEEN.join(pieces[number]["text"] for number in run), "timestamp": first.get("timestamp", ""), "url": name}
 
 
-def write_joined(files: Sequence[str], target: Path, max_bad_line_share: float) -> None:
+def write_joined(files: Sequence[str], target: Path, max_bad_line_share: float, side: Split | None = None) -> None:
     """Write `joined_records` as JSON lines, the whole file or nothing."""
     with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for record in joined_records(files, max_bad_line_share):
+        for record in joined_records(files, max_bad_line_share, side):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
-def _piece(record: Record) -> tuple[str | None, int]:
+def piece_of(record: Record) -> tuple[str | None, int]:
     """Name and number of the text that a record is a piece of; None where it is none."""
     url = record.get("url")
     match = _PIECE.fullmatch(url) if isinstance(url, str) else None

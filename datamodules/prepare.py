@@ -59,8 +59,9 @@ def prepare(
         tokenizer_bytes: bytes of text that the BPE is trained on, an equal part from the head of each file.
         max_bad_line_share: share of lines that may be skipped (no JSON, no text, no UTF-8, empty).
         join_pieces: join training documents whose `url` is NAME#NUMBER to one document a NAME, in the order of the numbers, a blank line
-            between them. All of them are read into memory first, and take their own size on the disk for a while. Validation files stay
-            as they are, so that losses on them compare.
+            between them. All of them are read into memory first, and take their own size on the disk for a while. The vocabulary is
+            that without joining, and validation documents stay as they are, so that losses on them compare; those that
+            `validation_fraction` takes are missing from their texts, which are cut there.
         progress: show a progress bar.
 
     Returns:
@@ -107,8 +108,6 @@ def _write(
     folder: Path, splits: dict[str, list[str]], settings: dict[str, Any], given: str | None, workers: int, bar: Progress
 ) -> dict[str, Any]:
     fraction = settings["validation_fraction"] or 0.0
-    if settings.get("join_pieces"):
-        splits = {**splits, "train": [_joined(folder, splits["train"], settings, bar)]}
     bpe = _tokenizer(folder, splits["train"], settings, given, bar)
     dtype = "uint16" if bpe.vocab_size <= 1 << 16 else "uint32"
     record = json.loads((folder / _PROGRESS).read_text(encoding="utf-8"))
@@ -116,6 +115,9 @@ def _write(
     if fraction > 0.0:
         splits = {"train": splits["train"], "validation": splits["train"]}
         sides = {"train": Split(fraction, validation=False), "validation": Split(fraction, validation=True)}
+    if settings.get("join_pieces"):
+        splits = {**splits, "train": [_joined(folder, splits["train"], sides["train"], settings, bar)]}
+        sides["train"] = Split()  # the joined ones were chosen before
     entries: dict[str, Any] = {}
     for name, paths in splits.items():
 
@@ -144,11 +146,11 @@ def _write(
     return manifest
 
 
-def _joined(folder: Path, files: list[str], settings: dict[str, Any], bar: Progress) -> str:
+def _joined(folder: Path, files: list[str], side: Split, settings: dict[str, Any], bar: Progress) -> str:
     path = folder / _JOINED
     if not path.is_file():  # it is written atomically, so one that is there is whole
         task = bar.add_task("join pieces", total=1, tokens=0)
-        write_joined(files, path, settings["max_bad_line_share"])
+        write_joined(files, path, settings["max_bad_line_share"], side)
         bar.update(task, completed=1)
     return str(path)
 

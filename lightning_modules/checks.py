@@ -1,12 +1,16 @@
 """Checks of what training is given: batches, vocabularies, checkpoints. Each fault is one line that names it and the remedy."""
 
+import json
 from collections.abc import Mapping
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_modules.optimizers import OPTIMIZERS
+from mmrec.baselines import BaselineConfig
+from mmrec.config import MMRecConfig
 
 
 def check_hyperparameters(hparams: Mapping[str, Any]) -> None:
@@ -70,14 +74,15 @@ def check_vocabulary(data_vocab_size: int | None, vocab_size: int) -> None:
         )
 
 
-def check_checkpoint_shapes(checkpoint: Mapping[str, Any], module: nn.Module, configuration: Mapping[str, Any]) -> None:
+def check_checkpoint_shapes(checkpoint: Mapping[str, Any], module: nn.Module, config: MMRecConfig | BaselineConfig) -> None:
     """Raise ValueError where a checkpoint's parameters do not fit, naming the first that does not, or would mean something else.
 
     Args:
         checkpoint: what Lightning loaded, with `state_dict` and, from this project, `hyper_parameters["network"]`.
         module: the module about to take the parameters.
-        configuration: the network's fields; those that differ from the checkpoint's become the remedy.
+        config: the network's; fields that differ from the checkpoint's become the remedy.
     """
+    theirs = checkpoint.get("hyper_parameters", {}).get("network", {})
     saved, own = checkpoint["state_dict"], module.state_dict()
     for name in [*own, *(name for name in saved if name not in own)]:
         if name not in saved:
@@ -88,18 +93,40 @@ def check_checkpoint_shapes(checkpoint: Mapping[str, Any], module: nn.Module, co
             fault = f"{name} is {tuple(saved[name].shape)} there and {tuple(own[name].shape)} here"
         else:
             continue
-        raise ValueError(f"the checkpoint is of another network: {fault}; {_remedy(checkpoint, configuration)}")
-    theirs = checkpoint.get("hyper_parameters", {}).get("network", {})
-    scale = theirs.get("embedding_scale", 1.0)  # there was none before it had a field
-    if theirs and scale != configuration.get("embedding_scale", scale):
-        wanted = "null" if scale is None else f"{scale:g}"
-        fault = f"its embedding is scaled otherwise; set model.network.embedding_scale={wanted}"
-        raise ValueError(f"the checkpoint is of another network: {fault}")
+        raise ValueError(f"the checkpoint is of another network: {fault}; {_remedy(theirs, config)}")
+    if not theirs:
+        return
+    # What an older checkpoint does not say was as the default is; but there was no scale before it had a field.
+    known = {field.name for field in fields(config)}
+    trained = type(config)(**{"embedding_scale": 1.0} | {name: value for name, value in theirs.items() if name in known})
+    meant = _beyond_shapes(trained)
+    for name, value in _beyond_shapes(config).items():
+        if meant.get(name, value) != value:
+            there, here = (_written(getattr(one, name)) for one in (trained, config))
+            fault = f"{name} is {there} there and {here} here; set model.network.{name}={there}"
+            raise ValueError(f"the checkpoint is of another network: {fault}")
 
 
-def _remedy(checkpoint: Mapping[str, Any], configuration: Mapping[str, Any]) -> str:
-    theirs = checkpoint.get("hyper_parameters", {}).get("network", {})
-    differing = {name: theirs[name] for name, value in configuration.items() if name in theirs and theirs[name] != value}
+def _beyond_shapes(config: MMRecConfig | BaselineConfig) -> dict[str, Any]:
+    """By name, the fields that say what parameters mean and that no shape shows, with what stands for a default filled in."""
+    if isinstance(config, BaselineConfig):
+        return {"embedding_scale": config.embedding_scale, "num_heads": config.num_heads, "norm_eps": config.norm_eps}
+    found: dict[str, Any] = {"embedding_scale": config.input_scale, "num_heads": config.heads}
+    found |= {name: getattr(config, name) for name in ("norm_eps", "state_gate", "tie_embeddings")}
+    if any(config.has_window(index) for index in range(config.num_layers)):
+        found["window"] = config.window
+    if config.use_uboo:
+        found |= {"planning_loss": config.planning_loss, "planning_horizon": config.planning_horizon}
+    return found
+
+
+def _written(value: Any) -> str:
+    """A value as the command line takes it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _remedy(theirs: Mapping[str, Any], config: MMRecConfig | BaselineConfig) -> str:
+    differing = {name: theirs[name] for name, value in asdict(config).items() if name in theirs and theirs[name] != value}
     if not differing:
         return "use the configuration it was trained with"
     return "it was trained with " + ", ".join(f"model.network.{name}={value}" for name, value in differing.items())

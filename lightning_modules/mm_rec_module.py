@@ -182,6 +182,9 @@ class MMRecLightningModule(LightningModule):
         if stage == "fit":
             self._schedule_end()
             self._require_optimizer()
+            if self.network.use_uboo and self.config.planning_loss == "ema" and self.trainer.precision == "bf16-true":
+                fault = "planning_loss=ema needs a moving average in fp32: in bf16-true its steps are lost to rounding"
+                raise ValueError(f"{fault}; set trainer.precision=bf16-mixed")
         if stage == "fit" and self.hparams["fp8"] and not self._in_float8:
             check_float8(self.network, self.trainer.strategy.root_device, self.trainer.precision)
             convert_to_float8(self.network)
@@ -387,7 +390,7 @@ class MMRecLightningModule(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse the parameters of another network, or moments of another optimiser, in one line; take up the count of tokens."""
-        check_checkpoint_shapes(checkpoint, self, asdict(self.config))
+        check_checkpoint_shapes(checkpoint, self, self.config)
         if self._trainer is not None and self._trainer.state.fn == "fit" and "optimizer_states" in checkpoint:
             check_saved_optimizer(checkpoint, self.hparams["optimizer"])
             if self.hparams["optimizer"] == "adamw_8bit":

@@ -22,7 +22,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from callbacks import AtomicCheckpointIO, RandomStates, RunCheckpoint
-from lightning_modules import MMRecLightningModule
+from lightning_modules import BaselineLightningModule, MMRecLightningModule
+from mmrec.baselines import BaselineConfig
 from mmrec.config import MMRecConfig
 
 VOCAB = 32
@@ -122,6 +123,13 @@ def make_module(network: dict[str, Any] | None = None, seed: int = 0, **options:
     torch.manual_seed(seed)
     options = {"learning_rate": 1e-2, "warmup_steps": 2} | options
     return MMRecLightningModule(tiny_config(**(network or {})), **options)
+
+
+def make_baseline(seed: int = 0, **options: Any) -> BaselineLightningModule:
+    """The same around a Transformer++."""
+    torch.manual_seed(seed)
+    network = BaselineConfig(vocab_size=VOCAB, model_dim=64, num_layers=2, num_heads=2, ffn_dim=64)
+    return BaselineLightningModule(network, **{"learning_rate": 1e-2, "warmup_steps": 2} | options)
 
 
 def make_trainer(folder: Path | str, callbacks: list[Callback] | None = None, **options: Any) -> Trainer:

@@ -1,7 +1,7 @@
 """A block's recurrent half as a chain of its operators, each differentiated on its own: what `mixer.mix` does in one function.
 
-It runs where the short-term memory is linear (`state_gate: false`), in layers with a window, and as the form that the fused one is compared
-with.
+It runs where the short-term memory is linear (`state_gate: false`), in a layer with a window that goes on from a carried state, and as the
+form that the fused one is compared with.
 """
 
 from typing import TYPE_CHECKING

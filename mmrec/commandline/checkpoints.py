@@ -44,15 +44,15 @@ def network_config(checkpoint: Mapping[str, Any], path: Path) -> MMRecConfig:
 
 
 def require_fitting_checkpoint(path: Path, config: MMRecConfig) -> None:
-    """Compare a checkpoint's shapes with a network's, on the meta device: before anything of it is built.
+    """Compare a checkpoint with a network on the meta device: before anything of it is built.
 
     Raises:
-        ValueError: naming the first parameter that does not fit.
+        ValueError: naming the first parameter that does not fit, or field that gives the parameters another meaning.
     """
     checkpoint = read_run_checkpoint(path)
     with torch.device("meta"):
         network = MMRecModel(config)
-    check_checkpoint_shapes(checkpoint, nn.ModuleDict({"network": network}), asdict(config))
+    check_checkpoint_shapes(checkpoint, nn.ModuleDict({"network": network}), config)
 
 
 def load_network(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> MMRecModel:

@@ -5,13 +5,14 @@ kernel in their place, and from these the two products of the gradients. Nothing
 (liger-kernel's form of the same, 0.8.5, reads the count of labels and the incoming gradient back to the host in every step).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
+from mmrec.core.chunks import sum_over_chunks
 from mmrec.ops.common import state_dtype
 from mmrec.ops.registration import register, register_backward, runs_kernel
 from mmrec.ops.wide_product import wide_product
@@ -48,19 +49,12 @@ def linear_cross_entropy(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor,
 
 def linear_cross_entropy_naive(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """The same in plain PyTorch; each chunk's logits are computed again in the backward."""
-    total = torch.zeros((), dtype=torch.promote_types(hidden_ND.dtype, torch.float32), device=hidden_ND.device)
-    chunks = list(zip(hidden_ND.split(chunk_size), labels_N.split(chunk_size), strict=True))
-    for hidden, labels in chunks:
-        # A single chunk is kept: to compute it twice would save nothing.
-        alone = len(chunks) == 1
-        total = total + (
-            _chunk_loss(hidden, weight_VD, labels) if alone else checkpoint(_chunk_loss, hidden, weight_VD, labels, use_reentrant=False)
-        )
+    total = sum_over_chunks(partial(_chunk_loss, weight_VD), hidden_ND, labels_N, size=chunk_size)
     count = (labels_N != IGNORED_LABEL).sum()
     return total / count.clamp(min=1), count
 
 
-def _chunk_loss(hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor) -> Tensor:
+def _chunk_loss(weight_VD: Tensor, hidden_ND: Tensor, labels_N: Tensor) -> Tensor:
     logits = F.linear(hidden_ND, weight_VD)
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return F.cross_entropy(wide, labels_N, ignore_index=IGNORED_LABEL, reduction="sum")

@@ -5,12 +5,14 @@
 nothing, so there is nothing to be won by making them small or equal.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmrec.config import MMRecConfig
+from mmrec.core.chunks import sum_over_chunks
 from mmrec.core.initialization import draw_apart, empty_linear
 from mmrec.core.uboo import PlanningLoss
 
@@ -43,15 +45,11 @@ class NextState(nn.Module):
         foreseen = before + self.W_out(F.gelu(inner))
         counted = torch.ones_like(states[..., 0], dtype=torch.bool) if reset_BT is None else ~reset_BT[:, 1:]
         head = head_VD.detach().to(hidden_BTD.dtype)  # once, and not for every chunk anew
-        total = torch.zeros((), dtype=torch.promote_types(hidden_BTD.dtype, torch.float32), device=hidden_BTD.device)
         flat = (foreseen.flatten(0, 1), states.flatten(0, 1), counted.flatten())
-        for chunk in zip(*(tensor.split(self.chunk_size) for tensor in flat), strict=True):
-            # Computed again in the backward. Nothing is drawn, and within a CUDA graph no random state could be read.
-            total = total + checkpoint(_divergence, *chunk, head, use_reentrant=False, preserve_rng_state=False)
-        return PlanningLoss(total, counted.sum())
+        return PlanningLoss(sum_over_chunks(partial(_divergence, head), *flat, size=self.chunk_size), counted.sum())
 
 
-def _divergence(foreseen_ND: Tensor, states_ND: Tensor, counted_N: Tensor, head_VD: Tensor) -> Tensor:
+def _divergence(head_VD: Tensor, foreseen_ND: Tensor, states_ND: Tensor, counted_N: Tensor) -> Tensor:
     wide = torch.promote_types(foreseen_ND.dtype, torch.float32)
     log_p = F.linear(states_ND, head_VD).to(wide).log_softmax(-1)
     log_q = F.linear(foreseen_ND, head_VD).to(wide).log_softmax(-1)

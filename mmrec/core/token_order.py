@@ -4,12 +4,14 @@ A head of its own gives a distribution over the vocabulary, compared by cross-en
 far ahead token `v` occurs first; one that does not occur within the W next ones has 0.
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mmrec.config import MMRecConfig
+from mmrec.core.chunks import sum_over_chunks
 from mmrec.core.cross_entropy import IGNORED_LABEL
 from mmrec.core.initialization import draw_apart, empty_linear
 from mmrec.core.uboo import PlanningLoss
@@ -36,11 +38,8 @@ class TokenOrder(nn.Module):
         """
         wide = torch.promote_types(hidden_BTD.dtype, torch.float32)
         tokens, weights = upcoming(labels_BT, reset_BT, wide)
-        total = torch.zeros((), dtype=wide, device=hidden_BTD.device)
         flat = (hidden_BTD.flatten(0, 1), tokens.flatten(0, 1), weights.flatten(0, 1))
-        for chunk in zip(*(tensor.split(self.chunk_size) for tensor in flat), strict=True):
-            # Computed again in the backward. Nothing is drawn, and within a CUDA graph no random state could be read.
-            total = total + checkpoint(_cross_entropy, self.W_order.weight, *chunk, use_reentrant=False, preserve_rng_state=False)
+        total = sum_over_chunks(partial(_cross_entropy, self.W_order.weight), *flat, size=self.chunk_size)
         return PlanningLoss(total, (weights > 0).any(-1).sum())
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from datamodules.pieces import joined_records
+from datamodules.pieces import joined_records, piece_of
 from datamodules.sample_text import SampleText
 from datamodules.tokenizer import Tokenizer
 from mmrec.commandline.errors import BadInputError
@@ -21,7 +21,7 @@ class Book(NamedTuple):
     """A whole text, or a stretch of one between two missing pieces.
 
     Attributes:
-        name: stretches of one book share it.
+        name: stretches of one book share it, a piece that is there twice too.
         tokens: (N,) int32.
     """
 
@@ -49,7 +49,8 @@ def read_books(files: Sequence[str], tokenizer: Tokenizer) -> list[Book]:
     """
     records = list(joined_records(files, _BAD_LINES))
     ids = tokenizer.encode_batch([record["text"] for record in records])
-    names = [str(record.get("url") or f"text {number}") for number, record in enumerate(records)]
+    # Copies of a piece stay pieces: by their own names they would count as books of their own.
+    names = [str(piece_of(record)[0] or record.get("url") or f"text {number}") for number, record in enumerate(records)]
     return [Book(name, np.asarray(tokens, dtype=np.int32)) for name, tokens in zip(names, ids, strict=True)]
 
 

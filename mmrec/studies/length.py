@@ -25,7 +25,7 @@ from mmrec.studies.statistics import clustered_mean
 from mmrec.studies.training import fit
 
 STUDY = "length"
-BIN, FAR = "bin", "far"  # kinds of rows: stretches of positions that follow each other, and the last quarter, which is judged
+BIN, FAR = "bin", "far"  # kinds of rows: stretches of positions that follow each other, and the last ones, which are judged
 # What tells a row from all others.
 IDENTITY = (
     "study", "model", "variant", "trained_on", "params_m", "tokens_m", "batch_tokens", "lr", "seed", "trained_length", "length", "what",
@@ -73,7 +73,10 @@ def check_length(length: int, trained: int) -> None:
 
 
 def spans(trained: int, length: int) -> list[Span]:
-    """Bins that double up to the training's length T (0 … T/8, T/4, T/2, T) and are T wide beyond it; and the last quarter."""
+    """Bins that double up to the training's length T (0 … T/8, T/4, T/2, T) and are T wide beyond it; and the stretch that is judged.
+
+    That is from three quarters of the length on, rounded down to a whole T: the last quarter of 8T, the last half of 2T.
+    """
     edges = [0, trained // 8, trained // 4, trained // 2, *range(trained, length + 1, trained)]
     bins = [Span(BIN, start, end) for start, end in pairwise(edges)]
     return [*bins, Span(FAR, max(1, 3 * length // (4 * trained)) * trained, length)]

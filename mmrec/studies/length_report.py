@@ -6,8 +6,7 @@ from typing import Any
 
 from mmrec.studies.length import BIN, FAR
 from mmrec.studies.runs import Row
-
-_SURE = 2  # standard errors beyond which a difference counts
+from mmrec.studies.statistics import sure_errors
 
 
 def networks(rows: Iterable[Row]) -> dict[str, list[Row]]:
@@ -37,7 +36,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """Whether the loss rises beyond the training's length, a line a network and length."""
+    """Whether the loss rises beyond the training's length, a line a network and length; with 95 % confidence, by Student's t over books."""
     lines = []
     for title, found in networks(rows).items():
         for row in found:
@@ -67,8 +66,9 @@ def _judged(row: Row, name: str) -> str:
     value, error = row[name], row[f"{name}_standard_error"]
     if error is None:
         return f"differs by {value:+.4f} (one book: no standard error) from"
-    if abs(value) <= _SURE * error:
-        return f"does not differ beyond {_SURE} standard errors ({value:+.4f} ± {error:.4f}) from"
+    sure = sure_errors(row["books"])
+    if abs(value) <= sure * error:
+        return f"does not differ beyond {sure:.2f} standard errors ({value:+.4f} ± {error:.4f}) from"
     return f"is {'HIGHER' if value > 0 else 'lower'} ({value:+.4f} ± {error:.4f}) than"
 
 

@@ -1,5 +1,6 @@
 """What is read off losses: steps to one, their variance about a trend, means of samples that come in groups."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,6 +9,11 @@ import numpy.typing as npt
 Curve = Sequence[tuple[int, float]]
 _TREND = 0.02  # of the steps: half the width of the moving mean that is taken for the trend
 _SKIPPED = 0.1  # of the steps, at the start, where the loss falls too fast to have a variance
+# Student's t that is exceeded, in size, with a probability of 5 %, by degrees of freedom: Abramowitz & Stegun, table 26.10.
+_STUDENT = {
+    1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262, 10: 2.228, 12: 2.179, 15: 2.131, 20: 2.086,
+    30: 2.042, 60: 2.000, math.inf: 1.960,
+}  # fmt: skip
 
 
 def steps_to(curve: Curve, loss: float) -> float | None:
@@ -65,3 +71,12 @@ def clustered_mean(values: npt.ArrayLike, groups: Sequence[str]) -> tuple[float,
         return mean, None
     sums = np.bincount(numbers, weights=samples - mean)
     return mean, float(np.sqrt(len(names) / (len(names) - 1) * np.sum(sums**2)) / len(samples))
+
+
+def sure_errors(groups: int) -> float:
+    """How many standard errors over so many groups, at least two, a mean must lie from 0 to differ from it with a confidence of 95 %.
+
+    Student's quantile; between the table's rows linear in 1 / (degrees of freedom).
+    """
+    inverse = [1 / freedom for freedom in reversed(_STUDENT)]
+    return float(np.interp(1 / (groups - 1), inverse, list(reversed(_STUDENT.values()))))

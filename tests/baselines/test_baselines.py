@@ -81,11 +81,36 @@ def test_a_checkpoints_plain_fields_make_the_module_again() -> None:
     assert again.network.num_parameters() == module.network.num_parameters()
 
 
+def of_study(size: str, kind: str) -> tuple[int, BaselineConfig]:
+    """The weights of the network that a baseline's configuration is made to match, UBÖO's not counted, and that configuration."""
+    ours = MMRecConfig(**merge(config_layers(f"study_{size}"))["model"]["network"])
+    with torch.device("meta"):
+        wanted = MMRecModel(ours).num_parameters(training_only=False)
+    return wanted, BaselineConfig(**merge(config_layers(f"baselines/{kind}_{size}"))["baseline"])
+
+
 @pytest.mark.parametrize("size", ["35m", "120m"])
 def test_baselines_are_as_large_as_the_network(size: str) -> None:
-    """Within two percent, UBÖO's projections not counted."""
-    ours = MMRecConfig(**merge(config_layers(f"study_{size}"))["model"]["network"])
-    theirs = BaselineConfig(**merge(config_layers(f"baselines/transformer_{size}"))["baseline"])
+    """Within two percent."""
+    wanted, theirs = of_study(size, "transformer")
     with torch.device("meta"):
-        wanted, found = MMRecModel(ours).num_parameters(training_only=False), BaselineModel(theirs).num_parameters()
+        found = BaselineModel(theirs).num_parameters()
     assert found == pytest.approx(wanted, rel=0.02)
+
+
+def gated_deltanet_weights(config: BaselineConfig) -> int:
+    """Counted from its paper (arXiv:2412.06464), since the library that builds it needs a GPU."""
+    dim, heads = config.model_dim, config.num_heads
+    key = 3 * dim // (4 * heads)  # a head's; its value is twice as wide
+    wide = heads * (key + key + 2 * key)
+    projections = dim * (wide + 2 * heads + 2 * 2 * heads * key)  # queries, keys, values; α and β; gate and output
+    others = 4 * wide + 2 * heads + 2 * key  # convolutions of four tokens, A_log and dt_bias, the norm of a head's output
+    layer = projections + others + 3 * dim * config.ffn_dim + 2 * dim
+    return config.vocab_size * dim + config.num_layers * layer + dim
+
+
+@pytest.mark.parametrize("size", ["35m", "120m"])
+def test_gated_deltanets_are_as_large_as_the_network(size: str) -> None:
+    wanted, theirs = of_study(size, "gated-deltanet")
+    assert theirs.kind == "gated-deltanet"
+    assert gated_deltanet_weights(theirs) == pytest.approx(wanted, rel=0.02)

@@ -157,6 +157,14 @@ def test_in_training_the_average_moves_once_an_optimiser_step(tmp_path: Path, st
     assert relative_error(mdi.W_planning_error.weight, mdi.W_planning_target.weight) > 1e-2
 
 
+def test_an_average_that_bf16_would_hold_still_is_refused(tmp_path: Path, stubs: ModuleType) -> None:
+    trainer = stubs.make_trainer(tmp_path, max_steps=1, precision="bf16-true", logger=False, limit_val_batches=0)
+    with pytest.raises(ValueError, match=r"in bf16-true its steps are lost to rounding; set trainer\.precision=bf16-mixed$") as error:
+        trainer.fit(stubs.make_module({"planning_loss": "ema"}), datamodule=stubs.StubData())
+    assert "\n" not in str(error.value)
+    trainer.fit(stubs.make_module({"planning_loss": "ema", "use_uboo": False}), datamodule=stubs.StubData())
+
+
 @every_form
 def test_every_trainable_parameter_gets_a_gradient(fields: dict[str, Any]) -> None:
     model = disturb(small(**fields))

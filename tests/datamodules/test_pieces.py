@@ -70,13 +70,31 @@ def test_prepare_trains_on_books_and_validates_on_pieces(
     # Stopped after the pieces were joined, it goes on from there and ends with the same bytes.
     again = tmp_path / "again"
     with monkeypatch.context() as patch:
-        patch.setattr("datamodules.prepare._tokenizer", _stop)
+        patch.setattr("datamodules.prepare._write_split", _stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(str(train), str(again), join_pieces=True, **settings)
     assert (again / "joined.jsonl").is_file()
     monkeypatch.setattr("datamodules.prepare.write_joined", _stop)
     assert prepare(str(train), str(again), join_pieces=True, **settings) == manifest
     assert {path.name: path.read_bytes() for path in again.iterdir()} == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_joining_changes_neither_the_vocabulary_nor_what_is_validated_on(tmp_path: Path, write_lines, texts: list[str]) -> None:
+    pieces = [_piece(f"book {number % 8}", number // 8, text) for number, text in enumerate(texts[:80])]
+    first, second = (write_lines(tmp_path / f"{part}.jsonl", _lines(pieces[part * 40 : part * 40 + 40])) for part in (0, 1))
+    # So little text is read for the BPE that it matters of which files' heads.
+    settings = {"vocab_size": 300, "tokenizer_bytes": 20_000, "validation_fraction": 0.15, "workers": 0, "progress": False}
+    for name in ("plain", "joined"):
+        prepare([str(first), str(second)], str(tmp_path / name), join_pieces=name == "joined", **settings)
+    plain, joined = tmp_path / "plain", tmp_path / "joined"
+    assert (joined / "tokenizer.json").read_bytes() == (plain / "tokenizer.json").read_bytes()
+    held = _documents(plain, "validation")
+    assert _documents(joined, "validation") == held
+    assert 0 < len(held) < 40
+    books = _documents(joined, "train")
+    assert [piece for piece in _documents(plain, "train") if not any(piece in book for book in books)] == []
+    assert not any(piece in book for piece in held for book in books)
+    assert any(texts[number] + "\n\n" + texts[number + 8] in book for number in range(8) for book in books)
 
 
 def _stop(*arguments: Any) -> None:

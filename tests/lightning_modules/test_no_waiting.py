@@ -13,6 +13,8 @@ from callbacks import AuxiliaryLossCurves, GPUMemoryProfile, RandomStates, StepL
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 FIRST, LAST, STEPS = 4, 12, 14  # before, everything is compiled and the first batches are checked; the last step is logged
+WINDOWS = {"model_dim": 128, "window_every": 2, "window": 4}
+OTHERS = ("windows", "graph-windows", "transformer", "graph-transformer")
 
 
 class NoWaiting(Callback):
@@ -45,12 +47,17 @@ class NoWaiting(Callback):
         ("bf16-true", {"lambda_P_final": 0.05, "lambda_P_anneal_steps": 8}, {"orthogonalize": True}),
         ("32-true", {}, {"use_dpg": True, "activation_checkpointing": True}),
         ("bf16-true", {"optimizer": "adamw_8bit"}, {"use_uboo": False}),
+        ("bf16-mixed", {}, WINDOWS),
+        ("bf16-mixed", {"cuda_graph": True}, WINDOWS),
+        ("bf16-mixed", {}, None),
+        ("bf16-mixed", {"cuda_graph": True}, None),
     ],
-    ids=["mixed", "compiled", "graph", "ema", "decode", "order", "bf16", "fp32", "8bit"],
+    ids=["mixed", "compiled", "graph", "ema", "decode", "order", "bf16", "fp32", "8bit", *OTHERS],
 )
 def test_no_step_waits(
-    precision: str, module: dict[str, Any], network: dict[str, Any], accumulate: int, tmp_path: Path, stubs: ModuleType
+    precision: str, module: dict[str, Any], network: dict[str, Any] | None, accumulate: int, tmp_path: Path, stubs: ModuleType
 ) -> None:
+    """Where `network` is None a Transformer++ is trained."""
     if module.get("optimizer"):
         pytest.importorskip("torchao")
     watch = NoWaiting()
@@ -66,6 +73,7 @@ def test_no_step_waits(
         limit_val_batches=0,
     )
     batches = [stubs.make_batch(list(range(4 * index, 4 * index + 4))) for index in range(accumulate * STEPS)]
-    trainer.fit(stubs.make_module(network, **module), DataLoader(batches, batch_size=None, pin_memory=True))
+    trained = stubs.make_baseline(**module) if network is None else stubs.make_module(network, **module)
+    trainer.fit(trained, DataLoader(batches, batch_size=None, pin_memory=True))
     assert trainer.global_step == STEPS
     assert watch.steps >= LAST - FIRST

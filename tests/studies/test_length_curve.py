@@ -120,9 +120,16 @@ def test_a_rise_is_found_between_books_that_differ_by_more() -> None:
     assert "read 256 at a time on H100: at 192–255 the loss is HIGHER (+0.0" in line
     assert "than that at 32–63 of the same 18 windows of 6 books" in line
     (line,) = verdicts(_made_up(0.0))
-    assert "the loss does not differ beyond 2 standard errors (" in line
+    assert "the loss does not differ beyond 2.57 standard errors (" in line
     (line,) = verdicts(_made_up(-0.05))
     assert "the loss is lower (-0.0" in line
+
+
+@pytest.mark.parametrize(("books", "judged"), [(3, "does not differ beyond 4.30 standard errors"), (40, "is HIGHER")])
+def test_few_books_need_more_standard_errors(books: int, judged: str) -> None:
+    far = {row["what"]: row for row in _made_up(0.0)}["far"]
+    (line,) = verdicts([far | {"books": books, "rise": 0.03, "rise_standard_error": 0.01}])
+    assert f"the loss {judged} (+0.0300 ± 0.0100)" in line
 
 
 def test_books_are_joined_in_order_and_read_from_their_start(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -141,6 +148,15 @@ def test_books_are_joined_in_order_and_read_from_their_start(tmp_path: Path, tok
     assert [row.tolist() for row in windows_of([exact], 16).tokens] == [list(range(17)), list(range(16, 33))]
     with pytest.raises(BadInputError, match=r"^no book has the 34 tokens of a window, the longest has 33; give less with --lengths$"):
         windows_of([exact], 33)
+
+
+def test_a_copy_of_a_piece_is_no_book_of_its_own(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    urls = ["x:B#0", "x:B#1", "x:B#1", "x:C#3", "x:page", None]
+    records = [{"text": f"Text {number}.", "url": url} for number, url in enumerate(urls)]
+    (tmp_path / "b.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    books = read_books([str(tmp_path / "b.jsonl")], tokenizer)
+    assert [book.name for book in books] == ["x:B", "x:B", "x:C", "x:page", "text 4"]
+    assert tokenizer.decode(books[1].tokens.tolist()) == "Text 2."
 
 
 @pytest.mark.usefixtures("_sample_made")

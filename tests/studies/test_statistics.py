@@ -1,9 +1,11 @@
 """What is read off curves."""
 
+import math
+
 import numpy as np
 import pytest
 
-from mmrec.studies.statistics import detrended_variance, smoothed, steps_to
+from mmrec.studies.statistics import detrended_variance, smoothed, steps_to, sure_errors
 
 
 def test_steps_to_a_loss_lie_between_two_points() -> None:
@@ -35,3 +37,13 @@ def test_a_smoothed_curve_is_of_means_at_their_middle() -> None:
     assert smoothed([1.0, 3.0, 5.0, 7.0], points=2) == [(1, 2.0), (3, 6.0)]
     assert smoothed([1.0, 2.0], points=10) == [(0, 1.0), (1, 2.0)]
     assert len(smoothed([0.0] * 12345)) == 100
+
+
+@pytest.mark.parametrize("groups", [2, 3, 4, 11, 12, 26, 50, 200])
+def test_sure_errors_leave_out_a_twentieth_of_students_distribution(groups: int) -> None:
+    """Its density integrated: with t = √ν tan θ it is proportional to cos(θ)^(ν − 1)."""
+    freedom = groups - 1
+    angles = np.linspace(0, math.pi / 2, 200_001)
+    density = np.cos(angles) ** (freedom - 1)
+    inside = density[angles <= math.atan(sure_errors(groups) / math.sqrt(freedom))].sum() / density.sum()
+    assert inside == pytest.approx(0.95, abs=3e-4)
