@@ -29,7 +29,7 @@ from mmrec.studies.length_report import draw, table, verdicts
 from mmrec.studies.options import add_study_options, changed, require_gpu
 from mmrec.studies.plan import DEFAULT, Study, quick
 from mmrec.studies.row_file import RowFile
-from mmrec.studies.running import run_all, workers_for
+from mmrec.studies.running import finish, run_all, workers_for
 from mmrec.studies.runs import Row, Run
 
 _STUDY = Study(name=STUDY, what="loss by position beyond the training's length", arms=(DEFAULT,), tokens_m=98.14)
@@ -118,12 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             runs = chosen(options, Path(folder))
             reading = partial(measure, evaluation=evaluation(options, runs, Path(folder)))
             failures = run_all(reading, runs, workers_for(options.workers_per_gpu), keep)
-        print(table(file.rows))
-        for line in [*verdicts(file.rows), draw(file.path.with_suffix(".png"), file.rows), f"rows: {file.path}"]:
-            print(line)
-        for failure in failures:
-            print(f"failed: {failure}", file=sys.stderr)
-        return 1 if failures else 0
+        picture = draw(file.path.with_suffix(".png"), file.rows)
+        return finish([table(file.rows), *verdicts(file.rows), picture, f"rows: {file.path}"], failures)
 
 
 if __name__ == "__main__":

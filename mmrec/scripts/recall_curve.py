@@ -22,7 +22,7 @@ from mmrec.studies.options import add_common_options, require_gpu
 from mmrec.studies.recall import IDENTITY, RecallStudy, measure
 from mmrec.studies.recall_report import draw, table
 from mmrec.studies.row_file import RowFile
-from mmrec.studies.running import run_all, workers_for
+from mmrec.studies.running import finish, run_all, workers_for
 from mmrec.studies.runs import Row
 
 _WORKERS = 4  # networks so small leave most of a GPU to others
@@ -89,12 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures: list[str] = []
         if not options.plot_only:
             failures = run_all(measure, chosen(options).runs(), workers_for(options.workers_per_gpu), keep)
-        print(table(file.rows))
-        for line in [*draw(file.path.with_suffix(".png"), file.rows), f"rows: {file.path}"]:
-            print(line)
-        for failure in failures:
-            print(f"failed: {failure}", file=sys.stderr)
-        return 1 if failures else 0
+        return finish([table(file.rows), *draw(file.path.with_suffix(".png"), file.rows), f"rows: {file.path}"], failures)
 
 
 if __name__ == "__main__":

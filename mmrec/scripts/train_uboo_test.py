@@ -19,7 +19,7 @@ from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.studies.options import add_study_options, changed, require_gpu
 from mmrec.studies.plan import Study, quick, studies
 from mmrec.studies.report import StudyFile, summary
-from mmrec.studies.running import run_all, workers_for
+from mmrec.studies.running import finish, run_all, workers_for
 from mmrec.studies.training import Outcome, train
 
 
@@ -68,12 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         failures: list[str] = []
         if not options.plot_only:
             failures = run_all(train, chosen(options, Path(folder)).runs(), workers_for(options.workers_per_gpu), keep)
-        print(summary(file.rows))
-        for line in [*file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"]:
-            print(line)
-        for failure in failures:
-            print(f"failed: {failure}", file=sys.stderr)
-        return 1 if failures else 0
+        return finish([summary(file.rows), *file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"], failures)
 
 
 if __name__ == "__main__":

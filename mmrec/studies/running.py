@@ -1,6 +1,7 @@
 """Many runs of a study, one after the other or side by side, each result kept as it comes."""
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def run_all(measure: Callable[[Run], Any], runs: Sequence[Run], workers: int, ke
         What failed, a line each.
 
     Raises:
-        ValueError, OSError: bad settings of the data of any run, before the first is trained.
+        ValueError, OSError, ModuleNotFoundError: bad settings of any run, before the first is trained.
     """
     for run in runs:
         check(run)
@@ -56,3 +57,16 @@ def run_all(measure: Callable[[Run], Any], runs: Sequence[Run], workers: int, ke
 
     map_in_processes(measure, runs, workers, _LONGEST, initialize=choose_gpu, on_result=take)
     return failures
+
+
+def finish(lines: Iterable[str], failures: Sequence[str]) -> int:
+    """Print what came of a study, then what failed on the standard error.
+
+    Returns:
+        The exit code: 1 where something failed.
+    """
+    for line in lines:
+        print(line)
+    for failure in failures:
+        print(f"failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
