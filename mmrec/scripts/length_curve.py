@@ -114,7 +114,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return f"{bins[0]['val_loss']:.4f} nats held out, {bins[-1]['loss']:.4f} at the end of {bins[-1]['length']:,} tokens"
 
         failures: list[str] = []
-        if not options.plot_only:
+        if options.plot_only:
+            file.require_rows()
+        else:
             runs = chosen(options, Path(folder))
             reading = partial(measure, evaluation=evaluation(options, runs, Path(folder)))
             failures = run_all(reading, runs, workers_for(options.workers_per_gpu), keep)

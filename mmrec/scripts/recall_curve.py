@@ -87,7 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return f"{100 * row['accuracy']:.2f} % of the answers with {row['state_bytes']:,} bytes, {row['seconds']:.0f} s"
 
         failures: list[str] = []
-        if not options.plot_only:
+        if options.plot_only:
+            file.require_rows()
+        else:
             failures = run_all(measure, chosen(options).runs(), workers_for(options.workers_per_gpu), keep)
         return finish([table(file.rows), *draw(file.path.with_suffix(".png"), file.rows), f"rows: {file.path}"], failures)
 

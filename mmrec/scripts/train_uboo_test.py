@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--study", choices=list(known), default="protocol", help="which study (default: protocol); see below")
     add_study_options(parser)
-    parser.add_argument("--output", type=output_file, default=Path("convergence.json"), help="the JSON file to write")
+    parser.add_argument(
+        "--output", type=output_file, default=Path("convergence.json"), help="the JSON file to write (default: convergence.json)"
+    )
     parser.add_argument("--quick", action="store_true", help="half a minute on a CPU: tiny networks on built-in text, 60 steps, two seeds")
     return parser
 
@@ -66,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return f"{outcome.row['val_loss']:.4f} nats, {outcome.row['seconds']:.0f} s"
 
         failures: list[str] = []
-        if not options.plot_only:
+        if options.plot_only:
+            file.require_rows()
+        else:
             failures = run_all(train, chosen(options, Path(folder)).runs(), workers_for(options.workers_per_gpu), keep)
         return finish([summary(file.rows), *file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"], failures)
 

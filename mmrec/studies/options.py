@@ -20,7 +20,7 @@ def add_common_options(parser: argparse.ArgumentParser, workers: int) -> None:
         workers: how many runs side by side where none is given.
     """
     parser.add_argument("--arms", nargs="+", help="what is compared: mm-rec, transformer++, gated-deltanet, gla, overlays, joined by +")
-    parser.add_argument("--seeds", nargs="+", type=int, help="seeds of weights and data order")
+    parser.add_argument("--seeds", nargs="+", type=_seed, help="seeds of weights and data order")
     parser.add_argument("--learning-rates", nargs="+", type=float, help="each arm is trained with each of them")
     parser.add_argument("--steps", type=whole_number, help="optimiser steps of a run")
     parser.add_argument("--batch", type=whole_number, help="sequences of a micro-batch")
@@ -28,6 +28,13 @@ def add_common_options(parser: argparse.ArgumentParser, workers: int) -> None:
         "--workers-per-gpu", type=whole_number, default=workers, help=f"runs side by side on a GPU (default: {workers}); more blur times"
     )
     parser.add_argument("--plot-only", action="store_true", help="train nothing: draw what --output holds")
+
+
+def _seed(text: str) -> int:
+    number = int(text) if text.isascii() and text.isdigit() else -1
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number from 0 to 4,294,967,295")
+    return number
 
 
 def add_study_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +50,9 @@ def add_study_options(parser: argparse.ArgumentParser) -> None:
 def changed(study: Study, options: argparse.Namespace) -> Study:
     """The study with what the options change in it."""
     changes: dict[str, Any] = {name: getattr(options, name) for name in ("size", "tokens_m", "steps", "validations")}
-    changes |= {name: tuple(getattr(options, name)) for name in ("arms", "seeds", "learning_rates") if getattr(options, name)}
+    changes |= {
+        name: tuple(dict.fromkeys(getattr(options, name))) for name in ("arms", "seeds", "learning_rates") if getattr(options, name)
+    }
     study = replace(study, **{name: value for name, value in changes.items() if value is not None})
     if options.tokens_m is not None and options.steps is None:
         study = replace(study, steps=None)

@@ -4,8 +4,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mmrec.commandline.configs import SUFFIXES, shipped_config_folder
+from mmrec.commandline.configs import SUFFIXES, config_layers, shipped_config_folder
 from mmrec.commandline.errors import BadInputError
+from mmrec.nearest import did_you_mean, nearest_name
 from mmrec.studies.runs import Run, assemble
 
 DEFAULT = "mm-rec"  # the arm without an overlay
@@ -28,6 +29,7 @@ class Study:
         what: one line for the help.
         arms: `mm-rec`, a baseline, or overlays of `ablation/` by name or path, several joined by `+`.
         size: which of the two networks.
+        label: what rows call the size; None: `size`.
         steps: optimiser steps; None: as many as make `tokens_m` million tokens.
         tokens_m: see above.
         batch: sequences of a micro-batch, and micro-batches of a step.
@@ -43,6 +45,7 @@ class Study:
     what: str
     arms: tuple[str, ...]
     size: str = "35m"
+    label: str | None = None
     steps: int | None = None
     tokens_m: float = 20.0
     batch: tuple[int, int] = (8, 1)
@@ -55,8 +58,13 @@ class Study:
 
     def runs(self) -> list[Run]:
         """All runs, seeds last: an interrupted study has whole comparisons."""
+        names: dict[str, str] = {}
+        for arm in self.arms:
+            other = names.setdefault(variant_of(arm) or arm, arm)
+            if other != arm:
+                raise BadInputError(f"--arms: {other} and {arm} would both be called {variant_of(arm)}; rename one")
         rates: tuple[float | None, ...] = self.learning_rates or (None,)
-        return [self._run(arm, rate, seed) for seed in self.seeds for arm in self.arms for rate in rates]
+        return [self._run(arm, rate, seed) for seed in self.seeds for arm in dict.fromkeys(self.arms) for rate in rates]
 
     def _run(self, arm: str, rate: float | None, seed: int) -> Run:
         parts: list[Any] = [f"study_{self.size}", self.options]
@@ -79,7 +87,7 @@ class Study:
             seed=seed,
             validations=self.validations,
             final_batches=self.final_batches,
-            sizes=self.size,
+            sizes=self.label or self.size,
         )
 
 
@@ -87,22 +95,34 @@ def overlays_of(arm: str) -> list[str]:
     """Configs that an arm lays over the network's own; none for the network as it is, nor for a baseline.
 
     Raises:
-        BadInputError: an arm that nothing is known of.
+        BadInputError: an arm that nothing is known of, or an overlay of something else than the model.
     """
-    return [] if arm in (DEFAULT, *BASELINES) else [_overlay(name) for name in arm.split("+")]
+    if arm in BASELINES:
+        return []
+    found = [_overlay(name) for name in arm.split("+") if name != DEFAULT]
+    for name in found:
+        for layer in config_layers(name):
+            if set(layer.content) != {"model"}:
+                held = ", ".join(layer.content) or "nothing"
+                raise BadInputError(f"{layer.path} holds {held}; an arm may change model: alone, the options change the rest")
+    return found
 
 
 def variant_of(arm: str) -> str | None:
-    """An arm's name in the column `variant`: its overlays'."""
-    return None if arm in (DEFAULT, *BASELINES) else "+".join(Path(name).stem for name in arm.split("+"))
+    """An arm's name in the column `variant`: its overlays'; None for the network as it is, and for a baseline."""
+    names = [Path(name).stem for name in arm.split("+") if name not in (DEFAULT, *BASELINES)]
+    return "+".join(names) if arm not in BASELINES and names else None
 
 
 def _overlay(name: str) -> str:
-    if name in overlays():
-        return f"ablation/{name}"
-    if Path(name).suffix in SUFFIXES:
+    short = name.removeprefix("ablation/")
+    if short in overlays():
+        return f"ablation/{short}"
+    if Path(name).suffix in SUFFIXES and Path(name).is_file():
         return name
-    raise BadInputError(f"no arm {name}; give {DEFAULT}, {', '.join(BASELINES)}, a YAML file, or one of {', '.join(overlays())}")
+    known = (DEFAULT, *BASELINES, *overlays())
+    hint = did_you_mean(nearest_name(short, known, cutoff=0.6)) or ";"
+    raise BadInputError(f"no arm {name}{hint} give a YAML file, or one of {', '.join(known)}")
 
 
 def studies() -> dict[str, Study]:
@@ -161,7 +181,8 @@ def quick(study: Study, folder: Path) -> Study:
         study: the study.
         folder: where the built-in text is kept.
     """
-    sizes = {"vocab_size": 1024, "model_dim": 64, "num_layers": 2, "num_heads": 2, "ffn_dim": 128}
+    layers = 5 if study.name == "ablation" else 2  # so that every overlay fits
+    sizes = {"vocab_size": 1024, "model_dim": 64, "num_layers": layers, "num_heads": 2, "ffn_dim": 128}
     data = {"source": "sample", "vocab_size": 1024, "seq_len": 128, "validation_batches": 2, "tokens_dir": None, "cache_dir": str(folder)}
     options = {
         **{f"model.network.{name}": size for name, size in sizes.items()},
@@ -173,6 +194,7 @@ def quick(study: Study, folder: Path) -> Study:
     }
     return replace(
         study,
+        label="quick",
         steps=60,
         batch=(4, 1),
         learning_rates=(),

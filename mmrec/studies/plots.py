@@ -29,13 +29,13 @@ def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str,
     panels = [panel for panel in PANELS if any(panel[0] in run for runs in arms.values() for run in runs)]
     figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(6 * max(1, len(panels)), 4.5), squeeze=False, layout="constrained")
     for axis, (tag, label) in zip(axes[0], panels, strict=False):
-        for name, runs in arms.items():
+        for index, (name, runs) in enumerate(arms.items()):  # an arm has its colour in every panel
             curves = [np.asarray(run[tag], dtype=float) for run in runs if run.get(tag)]
             if not curves:
                 continue
             steps = curves[0][:, 0]
             values = np.stack([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves])
-            (line,) = axis.plot(steps, values.mean(0), label=f"{name} ({len(curves)})", linewidth=1.2)
+            (line,) = axis.plot(steps, values.mean(0), label=f"{name} ({len(curves)})", linewidth=1.2, color=f"C{index % 10}")
             axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         if tag.endswith("loss") or "loss" in tag:
             _show_the_end(axis)

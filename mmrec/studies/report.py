@@ -126,7 +126,8 @@ def summary(rows: Sequence[Row]) -> str:
             losses = [row["val_loss"] for row in found if row["val_loss"] is not None]
             spread = f" ({min(losses):.4f} … {max(losses):.4f}, {len(found)} seeds)" if len(found) > 1 and losses else ""
             steps = [row["steps_to_baseline"] for row in found if row["steps_to_baseline"] is not None]
-            to_baseline = f", at the baseline's loss after {statistics.fmean(steps):,.0f}" if steps else ""
+            seeds = f" ({len(steps)} of {len(found)} seeds)" if len(steps) < len(found) else ""
+            to_baseline = f", at the baseline's loss after {statistics.fmean(steps):,.0f}{seeds}" if steps else ""
             said = "diverged" if mean is None else f"{mean:.4f}"
             lines.append(f"  {said}{spread}  {title}, {found[0]['params_m']} M{to_baseline}")
     return "\n".join(lines)

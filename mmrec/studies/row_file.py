@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmrec.commandline.errors import BadInputError
 from mmrec.measuring.results import finite, read_rows, write_rows
 from mmrec.studies.runs import Row
 
@@ -33,6 +34,11 @@ class RowFile:
         new = [finite(row) for row in rows]
         replaced = {self.identity(row) for row in new}
         self.rows = [row for row in self.rows if self.identity(row) not in replaced] + new
+
+    def require_rows(self) -> None:
+        """Raise BadInputError where there is nothing to draw."""
+        if not self.rows:
+            raise BadInputError(f"--plot-only: no rows in {self.path}; train first, or name another file with --output")
 
     def write(self) -> None:
         """The whole file or nothing."""

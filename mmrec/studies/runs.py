@@ -8,7 +8,7 @@ from typing import Any
 
 from mmrec.baselines import BaselineConfig
 from mmrec.commandline.configs import ConfigLayer, config_layers, merge
-from mmrec.config import MMRecConfig
+from mmrec.config import MMRecConfig, config_from_fields
 
 Row = dict[str, Any]
 # What tells a run's row from all others.
@@ -50,7 +50,7 @@ class Run:
         """The network's configuration."""
         if self.is_baseline:
             return BaselineConfig(**self.content["baseline"])
-        return MMRecConfig(**self.content["model"].get("network", {}))
+        return config_from_fields("model.network", self.content["model"].get("network", {}))
 
     @property
     def model(self) -> str:

@@ -93,12 +93,10 @@ def check(run: Run) -> None:
         ModuleNotFoundError: a package that a baseline's layers come from.
     """
     try:
-        if not 0 <= run.seed < 2**32:
-            raise ValueError("give a seed from 0 to 4,294,967,295")
         with torch.device("meta"):
             module = _module(run)
     except (TypeError, ValueError) as error:
-        raise BadInputError(f"{run.study} {run.variant or ''}: {error}") from error
+        raise BadInputError(f"{run.study}, {run.variant or run.model}: {error}") from error
     data = _data(run)
     data.check()
     check_vocabulary(getattr(data, "vocab_size", None), module.config.vocab_size)

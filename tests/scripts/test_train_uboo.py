@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from mmrec.scripts import train_uboo_test
 from mmrec.scripts.train_uboo_test import main
+from mmrec.studies.runs import Run
+from mmrec.studies.training import Outcome, train
 
 
 def test_a_quick_study_trains_three_arms_with_two_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -36,13 +39,22 @@ def test_a_baseline_takes_part(tmp_path: Path) -> None:
     assert [(row["model"], row["uboo"]) for row in json.loads(output.read_text())] == [("mm-rec", "off"), ("transformer++", None)]
 
 
-def test_a_run_that_fails_is_named_and_the_others_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_fails_is_named_and_the_others_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     overlay = tmp_path / "nonsense.yaml"
-    overlay.write_text("trainer: {precision: 16-true}\n")  # what the Trainer refuses first
+    overlay.write_text("model: {network: {loss_chunk_size: 7}}\n")
+
+    def fails(run: Run) -> Outcome:
+        if run.variant == "nonsense":
+            raise RuntimeError("out of luck")
+        return train(run)
+
+    monkeypatch.setattr(train_uboo_test, "train", fails)
     output = tmp_path / "convergence.json"
     assert main(["--quick", "--steps", "2", "--seeds", "0", "--arms", "mm-rec", str(overlay), "--output", str(output)]) == 1
     assert len(json.loads(output.read_text())) == 1
-    assert "nonsense" in capsys.readouterr().err
+    assert "nonsense quick lr 0.003 seed 0: RuntimeError: out of luck" in capsys.readouterr().err
 
 
 def test_a_run_that_diverges_is_said_to_and_costs_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -59,9 +71,11 @@ def test_a_run_that_diverges_is_said_to_and_costs_no_other_one(tmp_path: Path, c
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("model: {network: {num_heads: 7}}", "protocol mine: num_heads = 7 does not divide model_dim = 64"),
-        ("model: {network: {num_head: 2}}", "protocol mine: "),
-        ("model: {learning_rate: -1.0}", "protocol mine: model.learning_rate is -1.0"),
+        ("model: {network: {num_heads: 7}}", "protocol, mine: num_heads = 7 does not divide model_dim = 64"),
+        ("model: {network: {num_head: 2}}", "protocol, mine: model.network has no option 'num_head'; did you mean 'num_heads'?"),
+        ("model: {learning_rate: -1.0}", "protocol, mine: model.learning_rate is -1.0"),
+        ("trainer: {max_steps: 3}", "mine.yaml holds trainer; an arm may change model: alone"),
+        ("", "mine.yaml holds nothing"),
         ("model: {network: {vocab_size: 77}}", "the tokenizer has 1024 tokens but the network 77"),
     ],
 )
@@ -82,10 +96,12 @@ def test_what_an_arm_cannot_mean_is_one_line_before_anything_is_trained(
     ("options", "message"),
     [
         ((), "no CUDA device; --quick trains tiny networks on the CPU"),
-        (("--quick", "--arms", "uboo_msi"), "no arm uboo_msi; give mm-rec"),
+        (("--quick", "--arms", "uboo_msi"), "no arm uboo_msi; did you mean uboo_mse?"),
+        (("--quick", "--arms", "x/y.yaml"), "no arm x/y.yaml; give a YAML file, or one of mm-rec, "),
+        (("--quick", "--plot-only", "--output", "none.json"), "--plot-only: no rows in none.json"),
         (("--stady", "protocol"), "unknown option --stady; did you mean --study?"),
         (("--quick", "--output", "nowhere/x.json"), "no folder nowhere"),
-        (("--quick", "--seeds", "-1"), "give a seed from 0"),
+        (("--quick", "--seeds", "-1"), "'-1' is no seed; give a whole number from 0"),
     ],
 )
 def test_bad_options_are_one_line(

@@ -190,7 +190,7 @@ def test_the_command_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
         (["--lengths", "65536"], "no book has the 65,537 tokens of a window, the longest has "),
         (["--books", "nowhere.jsonl"], "--books: no file matches 'nowhere.jsonl'"),
         (["--tokenizer", "nowhere.json"], "no tokenizer file nowhere.json"),
-        (["--arms", "nothing"], "no arm nothing; give mm-rec, "),
+        (["--arms", "nothing"], "no arm nothing; give a YAML file, or one of mm-rec, "),
     ],
 )
 def test_bad_options_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Which runs a study is made of."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -51,11 +53,15 @@ def test_every_baseline_has_a_config_of_every_size(arm: str, size: str) -> None:
     assert (run.description()["size"], run.description()["trained_on"]) == (size, "books")
 
 
-def test_overlays_are_joined_and_unknown_ones_refused() -> None:
+def test_overlays_are_joined_and_unknown_ones_refused(tmp_path: Path) -> None:
     run = Study(name="uboo", what="", arms=("uboo_mse+uboo_normalized",)).runs()[0]
     assert run.variant == "uboo_mse+uboo_normalized"
     assert run.network.planning_loss == "normalized"  # type: ignore[union-attr]
-    with pytest.raises(BadInputError, match=r"no arm uboo_msi; give mm-rec, transformer\+\+, "):
+    assert Study(name="uboo", what="", arms=("mm-rec+ablation/uboo_mse",)).runs()[0].variant == "uboo_mse"
+    (tmp_path / "dpg.yaml").write_text("model: {network: {use_dpg: true}}\n")
+    with pytest.raises(BadInputError, match=r"--arms: dpg and \S+dpg\.yaml would both be called dpg; rename one"):
+        Study(name="uboo", what="", arms=("dpg", str(tmp_path / "dpg.yaml"))).runs()
+    with pytest.raises(BadInputError, match=r"no arm uboo_msi; did you mean uboo_mse\? give a YAML file, or one of mm-rec, "):
         Study(name="uboo", what="", arms=("uboo_msi",)).runs()
     with pytest.raises(BadInputError, match="less than one step of 16,384"):
         Study(name="uboo", what="", arms=("mm-rec",), tokens_m=0.01).runs()

@@ -82,7 +82,7 @@ def test_every_run_of_the_study_can_be_built() -> None:
         assert run.network.num_layers == 2
     with pytest.raises(BadInputError, match=r"^no head of 64 channels divides a width of 96"):
         RecallStudy(widths=(96,), head_widths=(64,)).runs()
-    with pytest.raises(BadInputError, match=r"^no arm nothing; give mm-rec, "):
+    with pytest.raises(BadInputError, match=r"^no arm nothing; give a YAML file, or one of mm-rec, "):
         RecallStudy(arms=("nothing",)).runs()
 
 
