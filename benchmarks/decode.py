@@ -96,7 +96,7 @@ def weight_bytes(model: MMRecModel) -> int:
 def step_bytes(model: MMRecModel, batch: int) -> int:
     """Bytes that a step must move: the weights once; the state read and written, but of a window W − 1 tokens read and one written."""
     config, size = model.config, model.embedding.weight.itemsize
-    windows = sum(config.has_window(index) for index in range(config.num_layers))
+    windows = config.num_windows
     carried = 4 * config.model_dim * (config.num_layers + (config.num_layers - windows) * config.head_dim)
     tokens = windows * config.window * (2 * config.model_dim * size + 4 * config.heads)
     return weight_bytes(model) + batch * (2 * carried + tokens)

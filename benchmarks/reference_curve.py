@@ -14,6 +14,7 @@ from typing import Any
 from mmrec.commandline.errors import one_line_errors
 from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.files import write_atomically
+from mmrec.measuring.machine import device, machine
 from mmrec.studies.runs import Run, assemble
 from mmrec.studies.statistics import smoothed
 from mmrec.studies.training import train
@@ -68,8 +69,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Args:
         arguments: what follows the program's name; None: `sys.argv`.
     """
-    from mmrec.measuring.machine import device, machine
-
     parser = PlainParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="name of a shipped config")
     parser.add_argument("--output", type=output_file, help="the JSON file to write; default: benchmarks/results/reference_CONFIG.json")

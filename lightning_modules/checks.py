@@ -113,7 +113,7 @@ def _beyond_shapes(config: MMRecConfig | BaselineConfig) -> dict[str, Any]:
         return {"embedding_scale": config.embedding_scale, "num_heads": config.num_heads, "norm_eps": config.norm_eps}
     found: dict[str, Any] = {"embedding_scale": config.input_scale, "num_heads": config.heads}
     found |= {name: getattr(config, name) for name in ("norm_eps", "state_gate", "tie_embeddings")}
-    if any(config.has_window(index) for index in range(config.num_layers)):
+    if config.num_windows:
         found["window"] = config.window
     if config.use_uboo:
         found |= {"planning_loss": config.planning_loss, "planning_horizon": config.planning_horizon}

@@ -137,6 +137,11 @@ class MMRecConfig:
         return self.window_every is not None and (layer_index + 1) % self.window_every == 0
 
     @property
+    def num_windows(self) -> int:
+        """How many layers have a window."""
+        return sum(self.has_window(index) for index in range(self.num_layers))
+
+    @property
     def first_planning_layer(self) -> int:
         """The lowest layer with a planning error; a loss above the blocks counts as the last layer's."""
         if self.planning_loss in _ABOVE_THE_BLOCKS:

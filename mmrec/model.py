@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mmrec.blocks.mm_rec_block import MMRecBlock
-from mmrec.blocks.residual import RMSNorm
+from mmrec.blocks.residual import RMSNorm, embed
 from mmrec.config import MMRecConfig, config_from_fields, warn_about_lambda_P
 from mmrec.core import memory, uboo
 from mmrec.core.cross_entropy import linear_cross_entropy
@@ -272,7 +272,7 @@ class MMRecModel(nn.Module):
             matrices += self.head.weight.numel()
         inside = min(seq_len, config.window)
         seen = inside * (1 - (inside - 1) / (2 * seq_len))  # tokens that a token of a sequence sees on average
-        windows = sum(config.has_window(index) for index in range(config.num_layers))
+        windows = config.num_windows
         reads = (config.num_layers - windows) * config.head_dim + windows * seen
         operators = round(config.model_dim * (4 * reads + 12 * config.num_layers))
         return 6 * matrices + 3 * operators
@@ -304,10 +304,7 @@ class MMRecModel(nn.Module):
         return self.norm(x), planning, states
 
     def _embed(self, input_ids: Tensor) -> Tensor:
-        """The start of the residual stream, (B, T, D); under autocast in its dtype: fp32 would move twice the bytes everywhere."""
-        x: Tensor = self.embedding(input_ids) * self.config.input_scale
-        kind = x.device.type
-        return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) and x.dtype == torch.float32 else x
+        return embed(self.embedding, input_ids, self.config.input_scale)
 
     def _by_layer(self, planning: list[PlanningLoss] | None) -> Tensor:
         """(L,) fp32: each block's mean planning error, zeros where there is none."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mmrec.baselines.config import BaselineConfig
-from mmrec.blocks.residual import RMSNorm
+from mmrec.blocks.residual import RMSNorm, embed
 from mmrec.core.cross_entropy import linear_cross_entropy
 from mmrec.model import LossOutput
 
@@ -83,10 +83,7 @@ class BaselineModel(nn.Module):
         return LossOutput(main, main, zero, zero.expand(self.config.num_layers), count, {})
 
     def _hidden(self, input_ids: Tensor) -> Tensor:
-        x: Tensor = self.embedding(input_ids) * self.config.embedding_scale
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind) and x.dtype == torch.float32:  # the residual stream's dtype is MM-Rec's
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = embed(self.embedding, input_ids, self.config.embedding_scale)
         for block in self.blocks:
             x = block(x)
         normed: Tensor = self.norm(x)

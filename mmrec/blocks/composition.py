@@ -39,9 +39,7 @@ def long_term_memory(
     block: "MMRecBlock", q: Tensor, k: Tensor, v: Tensor, h: Tensor, log_alpha: Tensor, M0: Tensor | None, reset: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """`r` (B, T, H, V) and the last memory (B, H, K, V); the short-term state helps to address it."""
-    heads = (block.config.heads, block.config.head_dim)
-    query, key = memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
-    return memory_scan(query, key, v.unflatten(-1, heads), log_alpha, M0, reset)
+    return memory_scan(*_addressed(block, q, k, v, h), log_alpha, M0, reset)
 
 
 def window_memory(
@@ -55,10 +53,15 @@ def window_memory(
     reset: Tensor | None,
 ) -> tuple[Tensor, WindowState]:
     """`r` (B, T, H, V) and the last window; addressed and forgetting as the matrix is."""
+    assert block.temperature is not None  # a layer with a window has one
+    return window_attention(*_addressed(block, q, k, v, h), log_alpha, block.temperature(), block.config.window, state, reset)
+
+
+def _addressed(block: "MMRecBlock", q: Tensor, k: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`q̃`, `k̃` and the values, (B, T, H, K) each."""
     heads = (block.config.heads, block.config.head_dim)
     query, key = memory_address(q.unflatten(-1, heads), k.unflatten(-1, heads), h.unflatten(-1, heads))
-    assert block.temperature is not None  # a layer with a window has one
-    return window_attention(query, key, v.unflatten(-1, heads), log_alpha, block.temperature(), block.config.window, state, reset)
+    return query, key, v.unflatten(-1, heads)
 
 
 def read_out(block: "MMRecBlock", h: Tensor, r: Tensor, e: Tensor) -> Tensor:

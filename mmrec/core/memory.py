@@ -109,7 +109,7 @@ def state_bytes(config: MMRecConfig, batch_size: int, *, key_bytes: int = 4, len
         key_bytes: of a number of a window's keys and values; 2 in a bf16 network.
         length: tokens read, where they do not fill a window; None: they do.
     """
-    windows = sum(config.has_window(index) for index in range(config.num_layers))
+    windows = config.num_windows
     matrices = 4 * (config.num_layers - windows) * config.model_dim * config.head_dim
     kept = config.window - 1 if length is None else min(config.window - 1, length)
     tokens = windows * kept * (2 * key_bytes * config.model_dim + 4 * config.heads + 1)

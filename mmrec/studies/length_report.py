@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mmrec.studies.length import BIN, FAR
+from mmrec.studies.row_file import arm_name
 from mmrec.studies.runs import Row
 from mmrec.studies.statistics import sure_errors
 
@@ -13,9 +14,8 @@ def networks(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows of each network read in windows of each length, by a title."""
     found: dict[str, list[Row]] = {}
     for row in rows:
-        name = row["model"] if row["variant"] is None else row["variant"]
         sizes = f"{row['params_m']:g} M, {row['tokens_m']:,.0f} M tokens of {row['trained_on']}, lr {row['lr']:g}, seed {row['seed']}"
-        found.setdefault(f"{name}, {sizes}, read {row['length']:,} at a time on {row['gpu']}", []).append(row)
+        found.setdefault(f"{arm_name(row)}, {sizes}, read {row['length']:,} at a time on {row['gpu']}", []).append(row)
     return found
 
 

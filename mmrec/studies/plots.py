@@ -37,7 +37,7 @@ def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str,
             values = np.stack([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves])
             (line,) = axis.plot(steps, values.mean(0), label=f"{name} ({len(curves)})", linewidth=1.2, color=f"C{index % 10}")
             axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
-        if tag.endswith("loss") or "loss" in tag:
+        if "loss" in tag:
             _show_the_end(axis)
         axis.set_xlabel("optimiser steps")
         axis.set_ylabel(label)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mmrec.studies.row_file import grouped
+from mmrec.studies.row_file import arm_name, grouped
 from mmrec.studies.runs import Row
 
 WANTED = 0.99  # of the answers: from here on a task counts as solved
@@ -27,8 +27,7 @@ class Best(NamedTuple):
     @property
     def arm(self) -> str:
         """Its kind, or what it differs in."""
-        row = self.rows[0]
-        return str(row["model"] if row["variant"] is None else row["variant"])
+        return arm_name(self.rows[0])
 
     @property
     def state_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 from mmrec.files import write_atomically
 from mmrec.measuring.machine import short_name
 from mmrec.measuring.results import finite, read_rows
-from mmrec.studies.row_file import RowFile, grouped
+from mmrec.studies.row_file import RowFile, arm_name, grouped
 from mmrec.studies.runs import IDENTITY, Row
 from mmrec.studies.statistics import steps_to
 
@@ -107,10 +107,7 @@ def by_arm(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows that differ only in their seeds, by a title."""
     arms: dict[str, list[Row]] = {}
     for row in rows:
-        ours = row["model"] == "mm-rec"
-        names = [row["variant"]] if ours and row["variant"] else [row["model"], *([row["variant"]] if row["variant"] else [])]
-        parts = [*names, f"lr {row['lr']:g}"]
-        arms.setdefault(", ".join(parts), []).append(row)
+        arms.setdefault(f"{arm_name(row)}, lr {row['lr']:g}", []).append(row)
     return arms
 
 

@@ -51,3 +51,9 @@ def grouped(rows: Iterable[Row], names: Sequence[str]) -> list[list[Row]]:
     for row in rows:
         groups.setdefault(tuple(row.get(name) for name in names), []).append(row)
     return list(groups.values())
+
+
+def arm_name(row: Row) -> str:
+    """What a row's network is called: by its kind, ours by what it differs in, if in anything."""
+    model, variant = row["model"], row["variant"]
+    return str(variant if variant and model == "mm-rec" else model if variant is None else f"{model}, {variant}")

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Trainer, seed_everything
 
-import datamodules
+import datamodules  # noqa: F401  build_data_module imports nothing
 from callbacks import AuxiliaryLossCurves, StepLatency
 from lightning_modules import BaselineLightningModule, MMRecLightningModule
 from lightning_modules.checks import check_vocabulary
-from mmrec.commandline.class_paths import imported_class
 from mmrec.commandline.errors import BadInputError
+from mmrec.commandline.preflight import build_data_module
 from mmrec.config import MMRecConfig
 from mmrec.measuring.machine import device, machine
 from mmrec.studies.recording import MainLosses, MemoryLogger, StepPeak
@@ -146,8 +147,8 @@ def _first_planning_layer(run: Run) -> int:
 
 def _data(run: Run) -> Any:
     spec = run.content["data"]
-    cls: Any = imported_class(spec["class_path"]) or getattr(datamodules, spec["class_path"].rpartition(".")[2])
-    return cls(**{**spec["init_args"], "seed": run.seed})
+    arguments = Namespace(**{**spec["init_args"], "seed": run.seed})
+    return build_data_module(Namespace(class_path=spec["class_path"], init_args=arguments))
 
 
 def _module(run: Run) -> Any:
