@@ -190,8 +190,9 @@ def keys_kernel(
 
     PARTS: the more of the blocks of K and of V. Of the fewer the last one is computed again by the programs that are left over.
     """
-    k_blocks: tl.constexpr = tl.cdiv(K, BK)
-    v_blocks: tl.constexpr = tl.cdiv(V, BV)
+    # Not tl.cdiv: its result is a tensor's to Triton 3.6, which subtracts nothing from it.
+    k_blocks: tl.constexpr = (K + BK - 1) // BK
+    v_blocks: tl.constexpr = (V + BV - 1) // BV
     n_blocks = tl.cdiv(S, BN)
     part, batch, head, batch_head = locate(PARTS * n_blocks, H)
     share = part % PARTS
