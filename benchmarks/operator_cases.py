@@ -1,8 +1,9 @@
-"""The four operators as the benchmark sees them: inputs to draw, bytes and FLOPs that must be spent, shapes to time, a float64 truth."""
+"""The operators as the benchmark sees them: inputs to draw, bytes and FLOPs that must be spent, shapes to time, a float64 truth."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from mmrec.ops.exp_product_scan import exp_product_scan_naive
 from mmrec.ops.gated_scan import gated_scan_naive
 from mmrec.ops.linear_scan import linear_scan_naive
 from mmrec.ops.memory_scan import memory_scan_naive
+from mmrec.ops.window_attention import WindowState, window_attention_naive
 
 # Ranges of log-decays. "spread": time constants of 2 … 2048 tokens, log-uniform, as the network starts.
 GATES = {"ordinary": (-3.0, -0.01), "near 0": (-13.8, -8.0), "near 1": (-1e-4, -1e-6), "long": (-1e-3, -1e-6)}
@@ -27,13 +29,17 @@ def name_of(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of one call. `D` counts all channels: H·K for memory_scan, whose key and value widths are equal; `P` is gated_scan's."""
+    """Sizes of one call. `D` counts all channels: H·K where there are heads, whose key and value widths are equal.
+
+    `P` is gated_scan's, `W` the window of window_attention.
+    """
 
     B: int
     T: int
     D: int
     H: int | None = None
     P: int | None = None
+    W: int | None = None
 
     @property
     def K(self) -> int:
@@ -42,7 +48,7 @@ class Shape:
 
     def __str__(self) -> str:
         channels = f"H{self.H}×{self.K}" if self.H else f"D{self.D}"
-        return f"B{self.B} T{self.T} {channels}" + (f" P{self.P}" if self.P else "")
+        return f"B{self.B} T{self.T} {channels}" + (f" P{self.P}" if self.P else "") + (f" W{self.W}" if self.W else "")
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,30 @@ class Operator:
     has_reset: bool = True
 
 
+def _window_attention(
+    function: Callable[..., tuple[Tensor, WindowState]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_alpha: Tensor,
+    temperature: Tensor,
+    window: Tensor,
+    W0: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """window_attention, or its truth, as the others are called: the window is an input, and states are one tensor.
+
+    The initial one is (B, W − 1, H, K + V + 1): k, v and log α side by side, of tokens that are all seen. Of the last one only the values
+    are returned, a view: putting the three together would be timed.
+    """
+    state = None
+    if W0 is not None:
+        keys, values, logs = W0.split([k.shape[-1], v.shape[-1], 1], dim=-1)
+        state = WindowState(keys, values, logs.squeeze(-1), torch.ones(W0.shape[:2], dtype=torch.bool, device=W0.device))
+    r, after = function(q, k, v, log_alpha, temperature, int(window), state, reset)
+    return r, after.v
+
+
 OPERATORS = {
     operator.name: operator
     for operator in (
@@ -91,15 +121,20 @@ OPERATORS = {
             "memory_scan", ops.memory_scan, ops.memory_scan, memory_scan_naive, ("q", "k", "v", "log_alpha"), "log_alpha", "M0",
             ("q", "k", "v", "log_alpha", "M0", "reset"),
         ),
+        Operator(
+            "window_attention", partial(_window_attention, ops.window_attention), partial(_window_attention, ops.window_attention),
+            partial(_window_attention, window_attention_naive), ("q", "k", "v", "log_alpha"), "log_alpha", "W0",
+            ("q", "k", "v", "log_alpha", "temperature", "output", "W0", "reset"), constant=("temperature",),
+        ),
     )
 }  # fmt: skip
 
 
 def tail_shape(operator: Operator, name: str, shape: Shape) -> tuple[int, ...]:
     """An input's dimensions after batch and time (all of them for a constant, those after batch for the state)."""
-    if operator.name == "memory_scan":
-        heads = shape.H or 1
-        return (heads,) if name == "log_alpha" else (heads, shape.K, shape.K) if name == "M0" else (heads, shape.K)
+    if shape.H:
+        sizes = {"log_alpha": (shape.H,), "temperature": (shape.H,), "M0": (shape.H, shape.K, shape.K)}
+        return ((shape.W or 1) - 1, shape.H, 2 * shape.K + 1) if name == "W0" else sizes.get(name, (shape.H, shape.K))
     return (shape.P or shape.D,) if name == "p" else (shape.D,)
 
 
@@ -143,7 +178,9 @@ def draw(
             if name in ("q", "k"):  # the network normalises them; products of a wide head would overflow fp16
                 inputs[name] *= shape.K**-0.5
     for name in operator.constant:
-        inputs[name] = 0.5 * torch.randn(tail_shape(operator, name, shape), device=device)
+        size = tail_shape(operator, name, shape)
+        # A window's temperature makes scores of order 1, as a network's are.
+        inputs[name] = (0.5 + torch.rand(size, device=device)) * shape.K**0.5 if shape.W else 0.5 * torch.randn(size, device=device)
     if slope is not None:
         sign = torch.randn(shape.D, device=device).sign()
         inputs["z"] = (sign * (0.5 + 0.5 * torch.rand(sizes["z"], device=device))).to(dtype)
@@ -152,6 +189,12 @@ def draw(
         inputs |= _sliced({name: inputs[name] for name in operator.sequence})
     if state:
         inputs[operator.state] = torch.randn((shape.B, *tail_shape(operator, operator.state, shape)), device=device)
+        if shape.W:  # like the sequence's
+            inputs["W0"][..., : shape.K] *= shape.K**-0.5
+            inputs["W0"] = inputs["W0"].to(dtype).float()
+            inputs["W0"][..., -1] = log_decays((shape.B, shape.W - 1, shape.H or 1), gates, device)
+    if shape.W:
+        inputs["window"] = torch.tensor(shape.W)
     if reset and operator.has_reset:
         inputs["reset"] = torch.rand(shape.B, shape.T, device=device) < 0.1
     return inputs
@@ -182,6 +225,11 @@ def run(
     used = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if cotangent is not None]
     gradients = torch.autograd.grad([o for o, _ in used], list(leaves.values()), [c for _, c in used], allow_unused=True)
     found = {name: torch.zeros_like(leaf) if g is None else g for (name, leaf), g in zip(leaves.items(), gradients, strict=True)}
+    if "temperature" in found:
+        # A sum of terms of both signs, a token each, may be nothing beside what was rounded of them. Three standard deviations of such sums
+        # stand beside it, so that an error is relative to them.
+        terms = (leaves["q"].detach() * found["q"]).sum(-1) / leaves["temperature"].detach()
+        found["temperature"] = torch.stack([found["temperature"], 3 * terms.flatten(0, 1).norm(dim=0)], dim=-1)
     return [output.detach() for output in outputs], found
 
 
@@ -191,17 +239,18 @@ def in_float64(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def channel_slice(operator: Operator, shape: Shape, first: int) -> tuple[dict[str, Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]:
-    """Some neighbouring channels (a head for memory_scan) of every input and of the output: there an operator is independent of the rest.
+    """Some neighbouring channels (or a head) of every input and of the output: there an operator is independent of the rest.
 
     Args:
-        first: the first group of channels, counted in groups of SLICE channels, in heads for memory_scan.
+        first: the first group of channels, counted in groups of SLICE channels, or in heads where there are some.
 
     Returns:
         What cuts each input (and its gradient), by name, and what cuts the first output.
     """
-    if operator.name == "memory_scan":
+    if shape.H:
         per_token = lambda t: t[:, :, first : first + 1]  # noqa: E731
-        return dict.fromkeys(operator.sequence, per_token) | {"M0": lambda t: t[:, first : first + 1]}, per_token
+        others = {"M0": lambda t: t[:, first : first + 1], "temperature": lambda t: t[first : first + 1]}
+        return dict.fromkeys((*operator.sequence, "W0"), per_token) | others, per_token
     group = shape.D // (shape.P or shape.D)
     width = min(shape.D, max(SLICE, group))
     begin = first * width
@@ -212,8 +261,8 @@ def channel_slice(operator: Operator, shape: Shape, first: int) -> tuple[dict[st
 
 def slices(operator: Operator, shape: Shape) -> int:
     """How many values `first` of `channel_slice` has."""
-    if operator.name == "memory_scan":
-        return shape.H or 1
+    if shape.H:
+        return shape.H
     return max(1, shape.D // max(SLICE, shape.D // (shape.P or shape.D)))
 
 
@@ -225,7 +274,9 @@ def moved_bytes(operator: Operator, inputs: dict[str, Tensor], outputs: Sequence
     bf16 values and fp32 gates, per element: linear_scan 2+4+2 = 8 and 8 + (2 + 4+2 + 2+4) = 22; gated_scan with P = D 2+2+4+2 = 10 and
     10 + (2 + 2+2+4+2 + 2+2+4) = 30; exp_product_scan in fp32 8 and 8 + (4 + 4 + 4) = 20: a backward is another pass over its inputs.
     """
-    moved = sum(t.nbytes for t in inputs.values()) + sum(t.nbytes for t in outputs)
+    # A window's last state is a view of the inputs: nobody writes it.
+    given = {t.untyped_storage().data_ptr() for t in inputs.values()}
+    moved = sum(t.nbytes for t in inputs.values()) + sum(t.nbytes for t in outputs if t.untyped_storage().data_ptr() not in given)
     if direction == "fwd":
         return moved
     read = sum((inputs | {"output": outputs[0]})[name].nbytes for name in operator.backward_reads if name in inputs or name == "output")
@@ -237,13 +288,17 @@ def flops(operator: Operator, shape: Shape, direction: str) -> int:
 
     memory_scan in chunks of C = 64 tokens, of which a token sees (C+1)/2 on average: q·k and the product with v within the chunk,
     2·K·V for q·M and 2·K·V for k vᵀ a token and head. The backward has five products of either kind: the scores again, dP, dq, dk, dv;
-    the states again, dM, and across chunks dq, dk, dv.
+    the states again, dM, and across chunks dq, dk, dv. window_attention has the first kind alone, a query's over at most W keys.
     """
+    products = 2 if direction == "fwd" else 2 + 5
+    if operator.name == "window_attention":
+        window = min(shape.W or 1, shape.T)
+        pairs = window * shape.T - window * (window - 1) // 2
+        return shape.B * (shape.H or 1) * products * 2 * pairs * shape.K
     if operator.name != "memory_scan":
         return 0
     chunk = min(CHUNK, shape.T)
     within, across = (chunk + 1) * shape.K, 2 * shape.K * shape.K
-    products = 2 if direction == "fwd" else 2 + 5
     return shape.B * shape.T * (shape.H or 1) * products * (within + across)
 
 
@@ -276,6 +331,7 @@ def timings(quick: bool, device: torch.device) -> list[Timing]:
             Timing("gated_scan", dataclasses.replace(shape, P=8)),
             Timing("exp_product_scan", shape, fp32, accum=fp64),
             Timing("memory_scan", heads),
+            Timing("window_attention", dataclasses.replace(heads, W=24)),
         ]
     whole, long = Shape(4, 2048, 4096), Shape(1, 32768, 4096)
     found = [Timing("linear_scan", shape, gate_dtype=gate) for gate in (fp32, bf16) for shape in (whole, long, Shape(8, 2048, 768))]
@@ -293,6 +349,9 @@ def timings(quick: bool, device: torch.device) -> list[Timing]:
     found += [Timing("memory_scan", Shape(8, 1, 4096, H=32), directions=("fwd",), state=True)]
     packed = [("linear_scan", whole), ("gated_scan", dataclasses.replace(whole, P=4096)), ("memory_scan", dataclasses.replace(whole, H=32))]
     found += [Timing(name, shape, reset=True) for name, shape in packed]
+    # Not packed: what documents hide of a window would be counted in its floor.
+    windows = ((8, 2048, 512), (8, 2048, 2048), (1, 32768, 512))
+    found += [Timing("window_attention", Shape(b, t, 1536, H=12, W=w)) for b, t, w in windows]
     if quick:
         return [next(timing for timing in found if timing.operator == name) for name in OPERATORS]
     return found

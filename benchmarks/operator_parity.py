@@ -185,6 +185,8 @@ def _loop_is_short(case: Case) -> bool:
     """Whether the plain loop, with autograd behind it, takes no more than seconds and gigabytes."""
     if case.operator == "memory_scan":
         return case.shape.T <= 2100 and case.shape.K <= 128
+    if case.shape.W:  # which it carries whole from token to token
+        return case.shape.T * case.shape.W * case.shape.D <= 2**25
     return case.shape.T <= 9000
 
 
@@ -206,7 +208,8 @@ def check_truth(name: str, seed: int) -> list[Finding]:
     """The float64 PyTorch form, which is the truth at lengths where the plain loop takes too long, against the plain loop."""
     operator, where = OPERATORS[name], device()
     torch.manual_seed(seed)
-    shape = Shape(2, 129, 24, H=2 if name == "memory_scan" else None, P=8 if name == "gated_scan" else None)
+    heads = 2 if name in ("memory_scan", "window_attention") else None
+    shape = Shape(2, 129, 24, H=heads, P=8 if name == "gated_scan" else None, W=40 if name == "window_attention" else None)
     found = []
     for gates in ("ordinary", "near 0", "near 1"):
         inputs = in_float64(draw(operator, shape, FP32, FP32, where, gates, state=True, reset=True))
@@ -249,6 +252,9 @@ def _cases(name: str, quick: bool) -> Iterator[Case]:
     if name == "memory_scan":
         heads = ((2, 16), (1, 20)) if quick else ((2, 64), (3, 128), (2, 40), (2, 256), (1, 512))
         widths = itertools.cycle([Shape(2, 1, h * k, H=h) for h, k in heads])
+    elif name == "window_attention":
+        windows = ((2, 16, 24), (1, 20, 5)) if quick else ((2, 64, 100), (3, 128, 257), (1, 256, 33), (2, 40, 1))
+        widths = itertools.cycle([Shape(2, 1, h * k, H=h, W=w) for h, k, w in windows])
     else:
         sizes = ((24, 8), (37, 37)) if quick else ((640, 80), (37, 37), (128, 128), (96, 96))
         widths = itertools.cycle([Shape(2, 1, d, P=p if name == "gated_scan" else None) for d, p in sizes])
@@ -266,12 +272,13 @@ def _cases(name: str, quick: bool) -> Iterator[Case]:
             yield Case(name, shape, dtype, gate_dtype, gates, state=True, cotangents="last")
     if quick:
         return
-    long = Shape(1, 4099, 64, H=1) if name == "memory_scan" else Shape(1, 8211, 40, P=40 if name == "gated_scan" else None)
+    heads_of = {"memory_scan": Shape(1, 4099, 64, H=1), "window_attention": Shape(1, 4099, 64, H=1, W=512)}
+    long = heads_of.get(name, Shape(1, 8211, 40, P=40 if name == "gated_scan" else None))
     for dtype in (FP32, BF16):
         yield Case(name, long, dtype, FP32, "near 1", reset=True)
         yield Case(name, replace(long, T=1, B=5), dtype, FP32)
-        if name == "memory_scan":  # all widths, with gates near 1, where the state is largest
-            yield from (Case(name, Shape(1, 193, k, H=1), dtype, FP32, "near 1") for k in (64, 128, 256, 512))
+        if long.H:  # all widths, with gates near 1, where the state is largest
+            yield from (Case(name, replace(long, T=193, D=k), dtype, FP32, "near 1") for k in (64, 128, 256, 512))
     if name == "gated_scan":
         slopes = [0.0, *(sign * slope for slope in (1.0, 5.0, 20.0, 100.0) for sign in (1, -1))]
         for slope, shape in itertools.product(slopes, (Shape(2, 517, 96, P=96), Shape(1, 8211, 40, P=8))):

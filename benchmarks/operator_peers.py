@@ -35,6 +35,8 @@ def _sdpa_flash(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
 
     The layout is changed before the clock starts.
     """
+    if timing.shape.W and timing.shape.W < timing.shape.T:
+        raise UnsuitableError("it has no window")
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     def through(backend: SDPBackend) -> Callable[..., Tensor]:
@@ -55,6 +57,23 @@ def _sdpa_flash(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
     if not taken:
         raise UnsuitableError("neither flash kernel runs it")
     return min(taken, key=lambda attention: taken[attention]), tensors
+
+
+def _flex_attention(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
+    """Softmax attention to the same window, compiled, without the decays. The mask's blocks are found before the clock starts."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    time, window = timing.shape.T, timing.shape.W
+    if not window or window >= time:
+        raise UnsuitableError("measured where the window hides something alone")
+    tensors = tuple(inputs[name].transpose(1, 2).contiguous() for name in "qkv")
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query - key < window)
+
+    mask = create_block_mask(visible, None, None, time, time, device=tensors[0].device)
+    attention = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: attention(q, k, v, block_mask=mask), tensors
 
 
 def _accelerated_scan(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
@@ -118,7 +137,8 @@ def _associative_scan(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
 
 # name: operators it is compared with, whether it needs no tuning at its first call, how its call is prepared
 PEERS: dict[str, tuple[tuple[str, ...], bool, Callable[[dict[str, Tensor], Timing], Prepared]]] = {
-    "sdpa_flash": (("memory_scan",), True, _sdpa_flash),
+    "sdpa_flash": (("memory_scan", "window_attention"), True, _sdpa_flash),
+    "flex_attention": (("window_attention",), False, _flex_attention),
     "torch_cumsum": (("linear_scan", "exp_product_scan"), True, _cumsum),
     "accelerated_scan": (("linear_scan",), True, _accelerated_scan),
     "fla_chunk_hgrn": (("linear_scan",), False, _chunk_hgrn),

@@ -41,6 +41,11 @@ def cases(names: Sequence[str]) -> list[Case]:
         *(Case("memory_scan", Shape(1, 131, k, H=1), BF16, FP32) for k in (128, 256, 512)),
         Case("memory_scan", Shape(2, 67, 32 * 128, H=32), BF16, FP32),
         Case("memory_scan", Shape(2, 1, 2 * 64, H=2), BF16, FP32),
+        *(
+            Case("window_attention", Shape(2, 131, 2 * k, H=2, W=50), dtype, FP32, reset=True, strided=True)
+            for dtype in (FP32, BF16)
+            for k in (20, 64, 128)
+        ),
         Case("linear_scan", Shape(5, 1, 3), FP32, FP32),
     ]
     return [case for case in wanted if case.operator in names]

@@ -19,6 +19,7 @@ Key = tuple[str, str]  # kernel, shape class
 Options = dict[str, Any]
 Kernels = dict[str, dict[str, Options]]
 Forced = tuple[tuple[str, Options], ...]  # kernels with options that replace the table's; of two for one row the first counts
+WINDOW = 512  # tokens that window_attention's tiles are chosen for
 
 
 def is_plan(options: Options) -> bool:
@@ -59,6 +60,7 @@ def tuned_shapes(quick: bool) -> list[Timing]:
     found = [t for t in timings(quick, device()) if t.shape.B * t.shape.T * t.shape.D <= 2**27 and t.gate_dtype == fp32 and not t.reset]
     if quick:
         return found
+    found = [t for t in found if t.shape.W in (None, WINDOW)]
     for accum in (torch.float32, torch.float64):  # with a start, whose gradient has a kernel of its own
         found += [Timing("exp_product_scan", Shape(b, t, 4096), fp32, state=True, accum=accum) for b, t in ((1, 32768), (4, 2048))]
     few = [(32, 64), (8, 256), (2, 512)]  # heads of one sequence, and their width
@@ -66,6 +68,8 @@ def tuned_shapes(quick: bool) -> list[Timing]:
     for batch, heads, width in ((8, 8, 512), (1, 32, 128), (1, 2, 512)):
         found += [Timing("memory_scan", Shape(batch, 1, heads * width, H=heads), directions=("fwd",), state=True)]
     found += [Timing("memory_scan", Shape(2, 2048, 1024, H=8), fp32)]
+    windows = [(4, 128), (8, 64), (2, 256)]
+    found += [Timing("window_attention", Shape(8, 2048, heads * width, H=heads, W=WINDOW)) for heads, width in windows]
     return found
 
 

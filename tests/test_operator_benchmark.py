@@ -66,7 +66,7 @@ def test_a_quick_run_writes_complete_rows(brief: SimpleNamespace, tmp_path: Path
         assert row["floor_ms"] > 0
         assert 0 < row["max_rel_err"] < 1e-2
         assert row["parity"] == "ok"
-        assert (row["H"] is None) == (row["op"] != "memory_scan")
+        assert (row["H"] is None) == (row["op"] not in ("memory_scan", "window_attention"))
         assert row["dtype"] == ("float32" if row["op"] == "exp_product_scan" else "bfloat16")
     peers = {row["op"]: row["peers"].keys() for row in rows}
     assert peers == {
@@ -74,6 +74,7 @@ def test_a_quick_run_writes_complete_rows(brief: SimpleNamespace, tmp_path: Path
         "gated_scan": set(),
         "exp_product_scan": {"torch_cumsum"},
         "memory_scan": {"sdpa_flash"},
+        "window_attention": {"sdpa_flash"},
     }
     for row in rows:  # no figure without a reason
         for name, ms in row["peers"].items():
@@ -143,6 +144,10 @@ def test_bytes_are_what_one_counts_by_hand(scripts: SimpleNamespace) -> None:
     gates, memory = 4 * B * T * 4, 4 * B * 4 * 8 * 8
     assert bytes_of("memory_scan", heads, "fwd") == 4 * 2 * elements + gates + memory
     assert bytes_of("memory_scan", heads, "fwdbwd") == (4 + 1 + 3 + 3) * 2 * elements + 3 * gates + memory
+    window = dataclasses.replace(heads, W=6)  # its last state is a view of the inputs, its window a number
+    temperature, number = 4 * 4, 8
+    assert bytes_of("window_attention", window, "fwd") == 4 * 2 * elements + gates + temperature + number
+    assert bytes_of("window_attention", window, "fwdbwd") == (4 + 1 + 4 + 3) * 2 * elements + 3 * gates + 3 * temperature + number
     # At the shape of the goal: 0.0895 ms at 3 TB/s.
     assert pytest.approx(0.0895, abs=5e-5) == 8 * 4 * 2048 * 4096 / 3.0e9
 
@@ -155,6 +160,11 @@ def test_flops_are_what_one_counts_by_hand(scripts: SimpleNamespace) -> None:
     assert cases.flops(cases.OPERATORS["memory_scan"], shape, "fwd") == forward
     assert cases.flops(cases.OPERATORS["memory_scan"], shape, "fwdbwd") == forward * 7 // 2
     assert cases.flops(cases.OPERATORS["linear_scan"], shape, "fwd") == 0
+    # q·k and the product with v, 2 · 128 each a pair; the first 512 tokens see 1 … 512 of them.
+    window, pairs = dataclasses.replace(shape, W=512), 512 * 513 // 2 + (2048 - 512) * 512
+    assert cases.flops(cases.OPERATORS["window_attention"], window, "fwd") == 4 * 32 * pairs * 2 * 2 * 128
+    whole = dataclasses.replace(shape, W=4096)
+    assert cases.flops(cases.OPERATORS["window_attention"], whole, "fwdbwd") == 4 * 32 * (2048 * 2049 // 2) * 7 * 2 * 128
 
 
 def test_the_worst_value_counts_where_sums_are_in_float64(scripts: SimpleNamespace) -> None:
@@ -177,6 +187,17 @@ def test_forced_options_replace_rows_of_their_kind_and_readings_are_noted(script
     with scripts.tuning_shapes.using(kernels, (("a.scan", plan), ("a.scan", tile))) as used:
         assert launch_options("a.scan", "choice", cpu) == plan
         assert launch_options("a.scan", "few", cpu) == tile
+
+
+def test_candidates_are_of_rows_that_the_table_has(scripts: SimpleNamespace) -> None:
+    from mmrec.ops.tuning import read_table
+
+    kernels = read_table("sm90")["kernels"]
+    for kernel, rows in json.loads(scripts.tune_operators.CANDIDATES.read_text()).items():
+        for row, candidates in rows.items():
+            # What a launcher reads itself; Triton's own options may be left out.
+            needed = kernels[kernel][row].keys() - {"num_stages", "maxnreg"}
+            assert all(needed <= options.keys() for options in candidates), (kernel, row)
 
 
 def test_a_gpu_is_needed_for_more(scripts: SimpleNamespace, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
