@@ -6,7 +6,7 @@ Labels are -1 except where an answer is due; the answer is the label at the toke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -128,13 +128,14 @@ class SelectiveCopying:
 
 
 class RecallExamples:
-    """`num_windows` examples of a task, by number; `split` 0 is training, 1 validation."""
+    """`num_windows` examples by number, of the given tasks in turn; `split` 0 is training, 1 validation."""
 
-    def __init__(self, example: Callable[[_Draws], tuple[Array, Array]], seed: int, split: int, num_windows: int) -> None:
-        self._example, self._seed, self._split, self.num_windows = example, seed, split, num_windows
+    def __init__(self, examples: Sequence[Callable[[_Draws], tuple[Array, Array]]], seed: int, split: int, num_windows: int) -> None:
+        self._examples, self._seed, self._split, self.num_windows = examples, seed, split, num_windows
 
     def batch(self, windows: Array) -> dict[str, npt.NDArray[Any]]:
-        rows = [self._example(_Draws(self._seed, self._split, int(window))) for window in windows]
+        tasks = len(self._examples)
+        rows = [self._examples[int(window) % tasks](_Draws(self._seed, self._split, int(window))) for window in windows]
         return {"input_ids": np.stack([row[0] for row in rows]), "labels": np.stack([row[1] for row in rows])}
 
 
@@ -149,6 +150,8 @@ class RecallDataModule(PackedDataModule):
         seed: of examples and order.
         vocab_size: number of token ids.
         num_pairs: pairs to recall, or tokens to copy, an example.
+        train_pairs: the same of training examples, which take these numbers in turn, as in Zoology: a network that finds few pairs first
+            learns many sooner. None: `num_pairs`.
         train_examples: number of different training examples.
         validation_examples: number of validation examples, drawn from another stream of random numbers.
         shuffle: a new order every epoch.
@@ -164,6 +167,7 @@ class RecallDataModule(PackedDataModule):
         seed: int = 0,
         vocab_size: int = 512,
         num_pairs: int = 16,
+        train_pairs: list[int] | None = None,
         train_examples: int = 100_000,
         validation_examples: int = 1_024,
         shuffle: bool = True,
@@ -171,6 +175,7 @@ class RecallDataModule(PackedDataModule):
     ) -> None:
         super().__init__(batch_size=batch_size, num_workers=num_workers, validation_batches=validation_batches, cache_dir=None)
         self.task_name, self.seq_len, self.seed, self.num_pairs, self.shuffle = task, seq_len, seed, num_pairs, shuffle
+        self.train_pairs = [num_pairs] if train_pairs is None else train_pairs
         self.train_examples, self.validation_examples = train_examples, validation_examples
         self._vocab_size = vocab_size
 
@@ -192,7 +197,10 @@ class RecallDataModule(PackedDataModule):
         for name in ("train_examples", "validation_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
-        self._task().check()
+        if not self.train_pairs:
+            raise ValueError("data.train_pairs=[] has no number of pairs; give some, or null for num_pairs")
+        for task in self._tasks():
+            task.check()
 
     def prepare_data(self) -> None:
         self.check()
@@ -200,14 +208,14 @@ class RecallDataModule(PackedDataModule):
     def setup(self, stage: str | None = None) -> None:
         if self._train is not None:
             return
-        task = self._task()
-        task.check()
-        train = RecallExamples(task.example, self.seed, 0, self.train_examples)
-        self._validation = {"val": RecallExamples(task.example, self.seed, 1, self.validation_examples)}
+        self.check()
+        judged, *learned = self._tasks()
+        train = RecallExamples([task.example for task in learned], self.seed, 0, self.train_examples)
+        self._validation = {"val": RecallExamples([judged.example], self.seed, 1, self.validation_examples)}
         self._train = EndlessBatches(
             train, self.batch_size, rank=self._rank, world_size=self._world_size, seed=self.seed, shuffle=self.shuffle
         )
-        corpus = fingerprint_of([self.task_name, repr(task), self.train_examples])
+        corpus = fingerprint_of([self.task_name, *map(repr, self._tasks()), self.train_examples])
         self._identity = {
             "source": self.task_name,
             "batch_size": self.batch_size,
@@ -216,9 +224,11 @@ class RecallDataModule(PackedDataModule):
             "corpus": corpus,
         }
 
-    def _task(self) -> AssociativeRecall | SelectiveCopying:
+    def _tasks(self) -> list[AssociativeRecall | SelectiveCopying]:
+        """What is judged, then what is trained."""
+        pairs = [self.num_pairs, *self.train_pairs]
         if self.task_name == "mqar":
-            return AssociativeRecall(self.seq_len, self.vocab_size, self.num_pairs)
+            return [AssociativeRecall(self.seq_len, self.vocab_size, count) for count in pairs]
         if self.task_name == "selective_copy":
-            return SelectiveCopying(self.seq_len, self.vocab_size, self.num_pairs)
+            return [SelectiveCopying(self.seq_len, self.vocab_size, count) for count in pairs]
         raise ValueError(f"data.task={self.task_name!r} is unknown; choose mqar or selective_copy")

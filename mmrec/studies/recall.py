@@ -51,7 +51,7 @@ class RecallStudy:
     head_widths: tuple[int, ...] = (64, 128, 256)
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4)
     seeds: tuple[int, ...] = (0,)
-    steps: int = 3_000
+    steps: int = 10_000
     batch: int = 64
     task: Mapping[str, int] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -91,8 +91,9 @@ class RecallStudy:
         }
         swept = {"model.learning_rate": rate, **{f"model.network.{name}": value for name, value in sizes.items()}}
         content = assemble("recall/mqar", options, *overlays_of(arm), swept)
-        network = content["model"]["network"]
-        network["vocab_size"] = content["data"]["init_args"]["vocab_size"]
+        network, sizes_of_task = content["model"]["network"], content["data"]["init_args"]
+        network["vocab_size"], most = sizes_of_task["vocab_size"], sizes_of_task["num_pairs"]
+        sizes_of_task["train_pairs"] = [count for count in sizes_of_task["train_pairs"] if count < most] + [most]
         if arm in BASELINES:
             common = {name: network[name] for name in _SHARED if name in network}
             content["baseline"] = {"kind": arm, **common, **sizes, "embedding_scale": math.sqrt(width)}  # as MM-Rec's

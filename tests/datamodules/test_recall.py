@@ -39,6 +39,13 @@ def test_selective_copying_returns_the_tokens_in_order() -> None:
         assert labels[:34] == [-1] * 34
 
 
+def test_training_examples_take_their_numbers_of_pairs_in_turn() -> None:
+    data = RecallDataModule(seq_len=48, vocab_size=64, num_pairs=9, train_pairs=[2, 5], train_examples=8, batch_size=8, shuffle=False)
+    data.setup()
+    asked = [(batch["labels"] != -1).sum(1).tolist() for batch in (next(iter(data.train_dataloader())), next(iter(data.val_dataloader())))]
+    assert asked == [[2, 5] * 4, [9] * 8]
+
+
 @pytest.mark.parametrize("task", ["mqar", "selective_copy"])
 def test_examples_depend_on_seed_and_number_only(task: str) -> None:
     first, again, other = (_batch(task=task, seed=seed, seq_len=96, num_pairs=8) for seed in (1, 1, 2))
@@ -69,6 +76,8 @@ def test_it_is_the_same_on_every_machine() -> None:
         ({"seq_len": 0}, r"^data\.seq_len=0 must be at least 1$"),
         ({"seq_len": 40}, r"^data\.seq_len=40 is too short for 16 pairs: give at least 48$"),
         ({"vocab_size": 33}, r"^data\.vocab_size=33 is too small for 16 pairs: give at least 34$"),
+        ({"train_pairs": []}, r"^data\.train_pairs=\[\] has no number of pairs; give some, or null for num_pairs$"),
+        ({"train_pairs": [4, 90]}, r"^data\.seq_len=256 is too short for 90 pairs: give at least 270$"),
         ({"num_pairs": 0}, r"^data\.num_pairs=0 must be at least 1$"),
         ({"task": "selective_copy", "seq_len": 30}, r"^data\.seq_len=30 is too short to copy 16 tokens: give at least 32$"),
         ({"task": "selective_copy", "vocab_size": 2}, r"^data\.vocab_size=2 is too small for selective copying: give at least 3$"),

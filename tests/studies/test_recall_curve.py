@@ -71,7 +71,7 @@ def test_every_run_of_the_study_can_be_built() -> None:
     once += [("mm-rec", "uboo_mse", *size) for size in heads]
     assert networks == once * 6
     assert len({(run.title) for run in runs}) == len(runs)
-    assert {run.steps * 64 for run in runs} == {_data(run).train_examples for run in runs} == {192_000}
+    assert {run.steps * 64 for run in runs} == {_data(run).train_examples for run in runs} == {640_000}
     for run in runs[: len(once)]:
         data = _data(run)
         data.check()
