@@ -15,6 +15,7 @@ from mmrec.ops.memory_address import memory_address
 from mmrec.ops.memory_scan import memory_scan
 from mmrec.ops.planning_error import planning_error
 from mmrec.ops.rms_norm import rms_norm, rms_norm_branch
+from mmrec.ops.short_convolution import short_convolution
 from mmrec.ops.swiglu import swiglu
 from mmrec.ops.window_attention import WindowState, window_attention
 
@@ -32,6 +33,7 @@ __all__ = [
     "planning_error",
     "rms_norm",
     "rms_norm_branch",
+    "short_convolution",
     "swiglu",
     "window_attention",
 ]
