@@ -114,7 +114,7 @@ def _beyond_shapes(config: MMRecConfig | BaselineConfig) -> dict[str, Any]:
     found: dict[str, Any] = {"embedding_scale": config.input_scale, "num_heads": config.heads}
     found |= {name: getattr(config, name) for name in ("norm_eps", "state_gate", "tie_embeddings")}
     if config.num_windows:
-        found["window"] = config.window
+        found["window"] = config.window  # a convolution's width is a shape
     if config.use_uboo:
         found |= {"planning_loss": config.planning_loss, "planning_horizon": config.planning_horizon}
     return found

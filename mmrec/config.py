@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mmrec.nearest import nearest_name
 
+_MOST_TAPS = 16  # of a convolution: each is a read of the whole tensor
 _HEAD_WIDTH = 128  # the width aimed at where num_heads is not given
 _FFN_MULTIPLE = 256  # feed-forward widths are rounded to this, for the matrix units' tiles
 _PLANNING_LOSSES = ("mse", "normalized", "ema", "decode", "order")
@@ -30,6 +31,7 @@ class MMRecConfig:
         window_every: every so-manieth layer's long-term memory is a window: softmax attention to the last tokens, exact, where the others
             keep a matrix of everything, inexact. None: no layer's.
         window: tokens such a layer sees, W.
+        window_conv: tokens that its queries and keys are mixed of before they are addresses, a convolution a channel; 1: none.
         state_gate: whether the state gates its own write (w_g is learned); false makes the recurrence linear.
         decay_accum_dtype: in which dtype the decays of a carried state are summed where `state_gate` is false.
         use_uboo: the planning error as an auxiliary loss.
@@ -64,6 +66,7 @@ class MMRecConfig:
     dpg_rank: int = 128
     window_every: int | None = None
     window: int = 512
+    window_conv: int = 4
     state_gate: bool = True
     decay_accum_dtype: Literal["float32", "float64"] = "float32"
     use_uboo: bool = True
@@ -83,7 +86,7 @@ class MMRecConfig:
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "model_dim", "num_layers", "num_heads", "ffn_dim", "pe_dim", "dpg_rank", "planning_error_dim")
-        for name in (*positive, "loss_chunk_size", "window_every", "window", "planning_horizon"):
+        for name in (*positive, "loss_chunk_size", "window_every", "window", "window_conv", "planning_horizon"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
@@ -93,6 +96,8 @@ class MMRecConfig:
             raise ValueError(f"pe_dim = {self.pe_width} does not divide model_dim = {self.model_dim}; choose a divisor")
         if self.window_every is not None and self.window_every > self.num_layers:
             raise ValueError(f"window_every = {self.window_every} is more than num_layers = {self.num_layers}; give at most that many")
+        if self.window_conv > _MOST_TAPS:
+            raise ValueError(f"window_conv = {self.window_conv} is more than {_MOST_TAPS} tokens; give at most that many")
         choices = {
             "decay_accum_dtype": ("float32", "float64"),
             "planning_loss": _PLANNING_LOSSES,

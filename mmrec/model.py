@@ -252,7 +252,7 @@ class MMRecModel(nn.Module):
 
     def no_weight_decay_parameters(self) -> set[str]:
         """Names of the parameters that weight decay must leave alone: norms, biases, gains, the gates' time constants."""
-        gains = ("g_r", "g_h")  # a row a head: the only ones that are no vectors
+        gains = ("g_r", "g_h", "q_gain", "k_gain")  # a row a head or channel: the only ones that are no vectors
         return {name for name, p in self.named_parameters() if p.ndim < 2 or name.rpartition(".")[2] in gains}
 
     def flops_per_token(self, seq_len: int) -> int:

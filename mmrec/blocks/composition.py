@@ -12,7 +12,16 @@ from torch import Tensor
 from mmrec.blocks.hem import Projections
 from mmrec.core import uboo
 from mmrec.core.memory import BlockState, no_matrix
-from mmrec.ops import exp_product_scan, gated_read_out, gated_scan, linear_scan, memory_address, memory_scan, window_attention
+from mmrec.ops import (
+    exp_product_scan,
+    gated_read_out,
+    gated_scan,
+    linear_scan,
+    memory_address,
+    memory_scan,
+    short_convolution,
+    window_attention,
+)
 from mmrec.ops.window_attention import WindowState
 
 if TYPE_CHECKING:
@@ -27,8 +36,8 @@ def compose(
     h, h_last = short_term_memory(block, z, p, block.mdi(z, k), None if state is None else state.h, reset)
     h, h_target = uboo.route(h, orthogonalize)
     if block.has_window:
-        r, window = window_memory(block, q, k, v, h, log_alpha, None if state is None else state.window, reset)
-        after = BlockState(h_last, no_matrix(r), None, window)
+        r, window, recent = window_memory(block, q, k, v, h, log_alpha, state, reset)
+        after = BlockState(h_last, no_matrix(r), None, window, recent)
     else:
         r, M_last = long_term_memory(block, q, k, v, h, log_alpha, None if state is None else state.M, reset)
         after = BlockState(h_last, M_last)
@@ -49,12 +58,20 @@ def window_memory(
     v: Tensor,
     h: Tensor,
     log_alpha: Tensor,
-    state: WindowState | None,
+    state: BlockState | None,
     reset: Tensor | None,
-) -> tuple[Tensor, WindowState]:
-    """`r` (B, T, H, V) and the last window; addressed and forgetting as the matrix is."""
+) -> tuple[Tensor, WindowState, Tensor | None]:
+    """`r` (B, T, H, V), the last window and the last tokens' q and k; addressed and forgetting as the matrix is."""
     assert block.temperature is not None  # a layer with a window has one
-    return window_attention(*_addressed(block, q, k, v, h), log_alpha, block.temperature(), block.config.window, state, reset)
+    recent, window = None, None if state is None else state.window
+    if block.convolution is not None:
+        before = (None, None) if state is None or state.recent is None else state.recent.chunk(2, dim=-1)
+        (q, q_last), (k, k_last) = (
+            short_convolution(x, gains, past, reset) for x, gains, past in zip((q, k), block.convolution.gains(), before, strict=True)
+        )
+        recent = torch.cat([q_last, k_last], dim=-1)
+    r, after = window_attention(*_addressed(block, q, k, v, h), log_alpha, block.temperature(), block.config.window, window, reset)
+    return r, after, recent
 
 
 def _addressed(block: "MMRecBlock", q: Tensor, k: Tensor, v: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -46,11 +46,14 @@ class Window(NamedTuple):
 
     Attributes:
         temperature: (H,) fp32. tokens: W. first: (B, T) int32, the first token that each one sees, or None: W alone decides.
+        q_gain, k_gain: (D, J), of short convolutions of q and k before they are addresses; None: there are none.
     """
 
     temperature: Tensor
     tokens: int
     first: Tensor | None
+    q_gain: Tensor | None = None
+    k_gain: Tensor | None = None
 
 
 def mix(
@@ -88,8 +91,9 @@ def mix(
             of 128.
     """
     gates = (*decay, *(context or (None,) * 4))
-    temperature, tokens, first = window or (None, 0, None)
-    tensors = (fused, *(parts if fused is None else (None,) * _PARTS), log_alpha, *gates, w_g, g_r, g_h, h0, M0, reset, temperature, first)
+    temperature, tokens, first, *gains = window or (None, 0, None, None, None)
+    six = parts if fused is None else (None,) * _PARTS
+    tensors = (fused, *six, log_alpha, *gates, w_g, g_r, g_h, h0, M0, reset, *gains, temperature, first)
     return Mixed(*_Mix.apply(eps, orthogonalize, tokens, torch.is_grad_enabled() and not recompute, *tensors))
 
 
@@ -136,10 +140,18 @@ def _addresses(q: Tensor, k: Tensor, h: Tensor, heads: tuple[int, int]) -> tuple
     return found
 
 
+def _convolved(q: Tensor, k: Tensor, gains: Sequence[Tensor | None], reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What addresses are made of."""
+    if gains[0] is None:
+        return q, k
+    return _ops.short_convolution(q, gains[0], reset), _ops.short_convolution(k, gains[1], reset)
+
+
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, eps: float, orthogonalize: bool, window: int, keep: bool, fused: Tensor | None, *rest: Any) -> Any:
-        six, log_alpha, decay, context, (w_g, g_r, g_h, h0, M0, reset, *reads) = rest[:6], rest[6], rest[7:11], rest[11:15], rest[15:]
+        six, log_alpha, decay, context = rest[:6], rest[6], rest[7:11], rest[11:15]
+        w_g, g_r, g_h, h0, M0, reset, *gains, temperature, first = rest[15:]
         (W_in, b_in, W_out, out_bias), (cW_in, cb_in, cW_out, cout_bias) = decay, context
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
         heads = (g_r.shape[0], g_r.shape[1])
@@ -148,9 +160,10 @@ class _Mix(torch.autograd.Function):
         c_gate, c_logits = ((None,) * 3, None) if relu else _gate(k, cW_in, cb_in, cW_out, relu)
         gate_logits = (logits, out_bias, c_logits, cout_bias)
         h, h_last = gated_scan_from_logits(z, p, *gate_logits, w_g, h0, reset, low=LOG_GAMMA_MIN, high=LOG_GAMMA_MAX)
-        query, key, *scales = _addresses(q, k, h, heads)
+        convolved = _convolved(q, k, gains, reset)
+        query, key, *scales = _addresses(*convolved, h, heads)
         if window:
-            r, lse = _ops.window_attention(query, key, v.unflatten(-1, heads), log_alpha, *reads, window)
+            r, lse = _ops.window_attention(query, key, v.unflatten(-1, heads), log_alpha, temperature, first, window)
             found, left = key, [lse]
         else:
             memory = _ops.memory_scan_kept if keep else _ops.memory_scan
@@ -158,7 +171,8 @@ class _Mix(torch.autograd.Function):
         gated = gated_read_out(r, h.unflatten(-1, heads), e.unflatten(-1, heads), g_r, g_h, eps).flatten(-2)
         ctx.eps, ctx.orthogonalize, ctx.window = eps, orthogonalize, window
         ctx.set_materialize_grads(False)
-        kept = (query, key, *scales, *left) if keep else (None,) * 4 + ((*left,) if window else (None,))
+        # Of a window's addresses the backward wants what the norms were taken of, of a matrix's the norms.
+        kept = (query, key, *(convolved if window else scales), *left) if keep else (None,) * 4 + ((*left,) if window else (None,))
         ctx.save_for_backward(fused, *rest, *gate, *c_gate, logits, c_logits, h, r, *kept)
         return gated, h, h_last, found
 
@@ -166,8 +180,9 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, dgated: Tensor | None, dh: Tensor | None, dh_last: Tensor | None, dfound: Tensor | None) -> Any:
         refuse_second_order("a block", "build the loss from its operators' naive forms")
         fused, *rest = ctx.saved_tensors
-        rest, gate, c_gate, (logits, c_logits, h, r, query, key, *scales, left) = rest[:-15], rest[-15:-12], rest[-12:-9], rest[-9:]
-        six, log_alpha, decay, context, (w_g, g_r, g_h, h0, M0, reset, *reads) = rest[:6], rest[6], rest[7:11], rest[11:15], rest[15:]
+        rest, gate, c_gate, (logits, c_logits, h, r, query, key, *before, left) = rest[:-15], rest[-15:-12], rest[-12:-9], rest[-9:]
+        six, log_alpha, decay, context = rest[:6], rest[6], rest[7:11], rest[11:15]
+        w_g, g_r, g_h, h0, M0, reset, *gains, temperature, first = rest[15:]
         (W_in, _, _, out_bias), (cW_in, _, _, cout_bias) = decay, context
         dfused = None if fused is None else torch.empty_like(fused)
         q, k, v, z, p, e = six if fused is None else _split(fused, w_g.shape[0])
@@ -176,7 +191,9 @@ class _Mix(torch.autograd.Function):
         )
         heads, relu, wide = (g_r.shape[0], g_r.shape[1]), cW_in is None, torch.promote_types(h.dtype, torch.float32)
         if query is None:
-            query, key, *scales = _addresses(q, k, h, heads)
+            convolved = _convolved(q, k, gains, reset)
+            query, key, *scales = _addresses(*convolved, h, heads)
+            before = [*convolved] if ctx.window else scales
         h_heads = h.unflatten(-1, heads)
         dgated = torch.zeros_like(h) if dgated is None else dgated
 
@@ -188,16 +205,22 @@ class _Mix(torch.autograd.Function):
         dlog_alpha, dh_out = torch.empty_like(log_alpha), torch.empty_like(h)
         addressed = (query, key, v.unflatten(-1, heads), log_alpha)
         dq_heads, dk_heads, dv_heads, dh_heads = (gradient.unflatten(-1, heads) for gradient in (dq, dk, dv, dh_out))
-        dM0, dtemperature = None, None
+        dM0, dtemperature, dgains = None, None, [None, None]
         if ctx.window:
-            dquery, dkey, dtemperature = torch.empty_like(query), torch.empty_like(key), torch.empty_like(reads[0])
-            _ops.window_attention_bwd_out(dr, r, left, *addressed, *reads, ctx.window, dquery, dkey, dv_heads, dlog_alpha, dtemperature)
+            dquery, dkey, dtemperature = torch.empty_like(query), torch.empty_like(key), torch.empty_like(temperature)
+            window = (temperature, first, ctx.window)
+            _ops.window_attention_bwd_out(dr, r, left, *addressed, *window, dquery, dkey, dv_heads, dlog_alpha, dtemperature)
             dkey = dkey if dfound is None else dkey + dfound
-            q_heads, k_heads = q.unflatten(-1, heads), k.unflatten(-1, heads)
-            _ops.memory_address_bwd_out(dquery, dkey, q_heads, k_heads, h_heads, dq_heads, dk_heads, dh_heads, dm)
+            inputs = [x.unflatten(-1, heads) for x in before]
+            dinputs = [dq_heads, dk_heads] if gains[0] is None else [torch.empty_like(x) for x in inputs]
+            _ops.memory_address_bwd_out(dquery, dkey, *inputs, h_heads, *dinputs, dh_heads, dm)
+            if gains[0] is not None:
+                dgains = [torch.empty_like(gain) for gain in gains]
+                for dy, x, gain, dx, dgain in zip(dinputs, (q, k), gains, (dq, dk), dgains, strict=True):
+                    _ops.short_convolution_bwd_out(dy.flatten(-2), x, gain, reset, dx, dgain)
         else:
             dM0 = h.new_empty((h.shape[0], heads[0], heads[1], heads[1]), dtype=wide) if M0 is None else torch.empty_like(M0)
-            memory = (*addressed, M0, reset, 1.0, left, *scales, dm)
+            memory = (*addressed, M0, reset, 1.0, left, *before, dm)
             _ops.addressed_memory_bwd_out(dr, dfound, *memory, dq_heads, dk_heads, dv_heads, dlog_alpha, dM0, dh_heads)
         if dh is not None:
             dh_out = dh_out + (uboo.project_out(dh, dh_out) if ctx.orthogonalize else dh)
@@ -212,4 +235,4 @@ class _Mix(torch.autograd.Function):
             dcontext = (*_gate_backward(dc_logits, _Hidden(*c_gate), k, dk, relu, W_in.dtype), dcout_bias)
         projections = (dfused, *(parts if fused is None else (None,) * _PARTS))
         states = (None if h0 is None else dh0, None if M0 is None else dM0, None)
-        return (None,) * 4 + (*projections, dlog_alpha, *ddecay, *dcontext, dw_g, dg_r, dg_h, *states, dtemperature, None)
+        return (None,) * 4 + (*projections, dlog_alpha, *ddecay, *dcontext, dw_g, dg_r, dg_h, *states, *dgains, dtemperature, None)

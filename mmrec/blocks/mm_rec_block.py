@@ -3,7 +3,7 @@
 x̂ = RMSNorm(x);  q, k, v, z, p, e = HEM(x̂);  log γ = decay(z, k)
 h_t = (1 − γ_t) z_t σ(w_g h_{t−1} + p̄_t) + γ_t h_{t−1}                    short-term memory, elementwise
 M_t = α_t M_{t−1} + k̃_t v_tᵀ,  r_t = M_tᵀ q̃_t,  q̃ = L2(q + h), k̃ = L2(k + h)   long-term memory, a matrix a head; or, in some layers,
-r_t = Σ_j softmax_j(τ ⟨q̃_t, k̃_j⟩ + Σ_{i=j+1..t} log α_i) v_j                     over the last W tokens j
+r_t = Σ_j softmax_j(τ ⟨q̃_t, k̃_j⟩ + Σ_{i=j+1..t} log α_i) v_j    over the last W tokens j, with short convolutions of q and k in their place
 x = x + W_o[σ(e) (g_r RMSNorm(r) + g_h RMSNorm(h))];  x = x + SwiGLU(RMSNorm(x))
 """
 
@@ -25,6 +25,7 @@ from mmrec.core import uboo
 from mmrec.core.decay import Float32Parameters, HeadDecay
 from mmrec.core.mdi import MDI
 from mmrec.core.memory import BlockState, no_matrix
+from mmrec.ops.short_convolution import last_tokens
 from mmrec.ops.window_attention import first_visible, next_state
 
 _MEMORY_GAIN = 0.1  # the long-term memory earns its weight: at full weight from the first step it did harm
@@ -50,6 +51,20 @@ class _Temperature(Float32Parameters):
         return self.log_temperature.exp()
 
 
+class _Convolution(nn.Module):
+    """Gains of a few tokens' q and k in front of a window, (D, J) each; at first a token's own are 1, all others 0."""
+
+    def __init__(self, config: MMRecConfig) -> None:
+        super().__init__()
+        start = torch.zeros(config.model_dim, config.window_conv)
+        start[:, -1] = 1
+        self.q_gain, self.k_gain = nn.Parameter(start), nn.Parameter(start.clone())
+
+    def gains(self) -> tuple[Tensor, Tensor]:
+        """Of q and of k."""
+        return self.q_gain, self.k_gain
+
+
 class MMRecBlock(nn.Module):
     """One MM-Rec block.
 
@@ -72,6 +87,7 @@ class MMRecBlock(nn.Module):
         self.head_decay = HeadDecay(dim, config.heads, config.initializer_range)
         self.has_window = config.has_window(layer_index)
         self.temperature = _Temperature(config) if self.has_window else None
+        self.convolution = _Convolution(config) if self.has_window and config.window_conv > 1 else None
         self.g_r = nn.Parameter(torch.full((config.heads, config.head_dim), _WINDOW_GAIN if self.has_window else _MEMORY_GAIN))
         self.g_h = nn.Parameter(torch.ones(config.heads, config.head_dim))
         self.W_o = nn.Linear(dim, dim, bias=False)
@@ -168,7 +184,8 @@ class MMRecBlock(nn.Module):
         tokens, window, first = self.config.window, None, None
         if self.temperature is not None:
             first = first_visible(normed, tokens, None, reset)
-            window = Window(self.temperature(), tokens, first)
+            gains = (None, None) if self.convolution is None else self.convolution.gains()
+            window = Window(self.temperature(), tokens, first, *gains)
         gated, h, h_last, memory = mix(
             whole,
             parts,
@@ -189,7 +206,11 @@ class MMRecBlock(nn.Module):
         if window is None:
             return gated, parts.z, h, h, BlockState(h_last, memory)
         values = parts.v.unflatten(-1, (self.config.heads, self.config.head_dim))
-        after = BlockState(h_last, no_matrix(memory), None, next_state(memory, values, log_alpha, first, tokens))
+        recent = None
+        if self.convolution is not None:
+            taps = self.config.window_conv
+            recent = torch.cat([last_tokens(part, taps, None, reset) for part in (parts.q, parts.k)], dim=-1)
+        after = BlockState(h_last, no_matrix(memory), None, next_state(memory, values, log_alpha, first, tokens), recent)
         return gated, parts.z, h, h, after
 
     def _composed(

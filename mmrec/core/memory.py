@@ -19,16 +19,18 @@ class BlockState(NamedTuple):
         planning: (B, D), the last output of the short-term scan as UBÖO's target sees it, in the scan's output dtype; None outside
             training. It differs from `h` by rounding and by the route of its gradient.
         window: the last W − 1 tokens' keys, values and decays, in a layer that has a window.
+        recent: (B, J − 1, 2D), the last tokens' q and k side by side, as the projection gave them, where that layer convolves them.
     """
 
     h: Tensor
     M: Tensor
     planning: Tensor | None = None
     window: WindowState | None = None
+    recent: Tensor | None = None
 
     def kept(self) -> tuple[Tensor, ...]:
         """What is carried from token to token in decoding, in a fixed order."""
-        return (self.h, self.M, *(self.window or ()))
+        return (self.h, self.M, *(self.window or ()), *(() if self.recent is None else (self.recent,)))
 
 
 def init_state(
@@ -48,7 +50,7 @@ def init_state(
         device: where to put it.
         dtype: of `h`, `M` and a window's decays.
         layer_index: which of the layers it is of.
-        window_dtype: of a window's keys and values; None: `dtype`.
+        window_dtype: of a window's keys and values, and of what is convolved; None: `dtype`.
     """
     heads, width = config.heads, config.head_dim
     has_window = config.has_window(layer_index)
@@ -57,9 +59,13 @@ def init_state(
     if not has_window:
         return BlockState(h, M)
     tokens = (batch_size, config.window - 1)
-    k, v = (torch.zeros(*tokens, heads, width, device=device, dtype=window_dtype or dtype) for _ in range(2))
+    narrow = window_dtype or dtype
+    k, v = (torch.zeros(*tokens, heads, width, device=device, dtype=narrow) for _ in range(2))
     log_alpha = torch.zeros(*tokens, heads, device=device, dtype=dtype)
-    return BlockState(h, M, None, WindowState(k, v, log_alpha, torch.zeros(tokens, device=device, dtype=torch.bool)))
+    window = WindowState(k, v, log_alpha, torch.zeros(tokens, device=device, dtype=torch.bool))
+    before = config.window_conv - 1
+    recent = torch.zeros(batch_size, before, 2 * config.model_dim, device=device, dtype=narrow) if before else None
+    return BlockState(h, M, None, window, recent)
 
 
 def no_matrix(heads_BTHV: Tensor) -> Tensor:
@@ -72,7 +78,7 @@ def detach_state(state: BlockState) -> BlockState:
     """The same values without their history: where truncated backpropagation through time cuts."""
     planning = None if state.planning is None else state.planning.detach()
     window = None if state.window is None else WindowState(*(tensor.detach() for tensor in state.window))
-    return BlockState(state.h.detach(), state.M.detach(), planning, window)
+    return BlockState(state.h.detach(), state.M.detach(), planning, window, None if state.recent is None else state.recent.detach())
 
 
 def reset_state(state: BlockState, reset_B: Tensor) -> BlockState:
@@ -83,7 +89,7 @@ def reset_state(state: BlockState, reset_B: Tensor) -> BlockState:
 
     planning = None if state.planning is None else cleared(state.planning)
     window = None if state.window is None else WindowState(*map(cleared, state.window))
-    return BlockState(cleared(state.h), cleared(state.M), planning, window)
+    return BlockState(cleared(state.h), cleared(state.M), planning, window, None if state.recent is None else cleared(state.recent))
 
 
 def copy_state(target: Iterable[BlockState], source: Iterable[BlockState]) -> None:
@@ -106,11 +112,12 @@ def state_bytes(config: MMRecConfig, batch_size: int, *, key_bytes: int = 4, len
     Args:
         config: the network's.
         batch_size: B.
-        key_bytes: of a number of a window's keys and values; 2 in a bf16 network.
+        key_bytes: of a number of a window's keys and values, and of what is convolved; 2 in a bf16 network.
         length: tokens read, where they do not fill a window; None: they do.
     """
     windows = config.num_windows
     matrices = 4 * (config.num_layers - windows) * config.model_dim * config.head_dim
     kept = config.window - 1 if length is None else min(config.window - 1, length)
     tokens = windows * kept * (2 * key_bytes * config.model_dim + 4 * config.heads + 1)
+    tokens += windows * (config.window_conv - 1) * 2 * key_bytes * config.model_dim
     return batch_size * (4 * config.num_layers * config.model_dim + matrices + tokens)

@@ -5,7 +5,9 @@ from torch import Tensor
 
 from mmrec.ops.common import check_scan_inputs, check_shape
 from mmrec.ops.short_convolution.naive import short_convolution_naive
-from mmrec.ops.short_convolution.operator import MOST_TAPS, short_convolution_op
+from mmrec.ops.short_convolution.operator import short_convolution_op
+
+_MOST_TAPS = 16  # each is a read of the whole tile and, backward, a sum of its own
 
 __all__ = ["last_tokens", "short_convolution", "short_convolution_naive"]
 
@@ -27,8 +29,8 @@ def short_convolution(x: Tensor, weight: Tensor, state: Tensor | None = None, re
     """
     check_scan_inputs("short_convolution", x, reset)
     batch, time, channels = x.shape
-    if weight.ndim != 2 or not 1 <= weight.shape[-1] <= MOST_TAPS:
-        raise ValueError(f"short_convolution: weight has shape {tuple(weight.shape)}; give (C, J) with 1 to {MOST_TAPS} taps J")
+    if weight.ndim != 2 or not 1 <= weight.shape[-1] <= _MOST_TAPS:
+        raise ValueError(f"short_convolution: weight has shape {tuple(weight.shape)}; give (C, J) with 1 to {_MOST_TAPS} taps J")
     taps = weight.shape[1]
     check_shape("short_convolution", "weight", weight, (channels, taps))
     if state is not None:

@@ -12,8 +12,6 @@ from mmrec.ops.common import state_dtype
 from mmrec.ops.registration import register, register_backward, runs_kernel
 from mmrec.ops.short_convolution.pytorch import short_convolution_forward, short_convolution_gradients
 
-MOST_TAPS = 16  # each is a read of the whole tile and, backward, a row of sums
-
 
 def _forward(x: Tensor, weight: Tensor, reset: Tensor | None) -> Tensor:
     if runs_kernel(x, state_dtype(x, weight)):
