@@ -168,7 +168,8 @@ class MMRecBlock(nn.Module):
             zero = torch.zeros((), device=x_BTD.device)
             outputs.append(planning if planning is not None else uboo.PlanningLoss(zero, zero))
         if return_state:
-            outputs.append(after._replace(planning=carried))
+            # Not after._replace: torch 2.11 cannot compile it.
+            outputs.append(BlockState(after.h, after.M, carried, after.window))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _mixed(

@@ -91,15 +91,27 @@ def test_an_unknown_option_is_refused_with_the_nearest() -> None:
         block(num_head=2)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "mixed"])
+@pytest.mark.parametrize("memory", [{}, {"window_every": 1, "window": 4}], ids=["matrix", "window"])
 @pytest.mark.parametrize("orthogonalize", [True, False])
-def test_a_compiled_block_equals_the_eager_one(orthogonalize: bool) -> None:
-    one = block(orthogonalize=orthogonalize)
+def test_a_compiled_block_equals_the_eager_one(orthogonalize: bool, memory: dict, autocast: bool) -> None:
+    """Called as the network does in training, with the loss and the state; then once more, from that state."""
+    one = block(orthogonalize=orthogonalize, **memory)
     x = torch.randn(2, 9, 32)
+    torch._dynamo.reset()
     results = []
     for function in (one, torch.compile(one, backend="aot_eager", fullgraph=True)):
         one.zero_grad()
-        y, planning = function(x, return_auxiliary_loss=True)
-        (y.square().mean() + planning.mean()).backward()
-        results.append((y.detach(), one.projections.W_fused.weight.grad.clone()))
+        outputs, losses, state = [], [], None
+        for piece in x.split([5, 4], dim=1):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                y, planning, state = function(piece, state=state, return_auxiliary_loss=True, return_state=True)
+            outputs.append(y)
+            losses.append(y.float().square().mean() + planning.mean())
+        sum(losses).backward()
+        after = [state.planning, *state.kept()]
+        gradients = [p.grad for p in one.parameters() if p.grad is not None]
+        results.append([tensor.detach().float() for tensor in (*outputs, *losses, *after, *gradients)])
+    assert len(results[0]) == len(results[1]) > 20
     for actual, expected in zip(results[1], results[0], strict=True):
-        assert_same(actual, expected)
+        assert_same(actual, expected, torch.bfloat16 if autocast else torch.float32)
