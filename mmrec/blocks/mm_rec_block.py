@@ -169,7 +169,7 @@ class MMRecBlock(nn.Module):
             outputs.append(planning if planning is not None else uboo.PlanningLoss(zero, zero))
         if return_state:
             # Not after._replace: torch 2.11 cannot compile it.
-            outputs.append(BlockState(after.h, after.M, carried, after.window))
+            outputs.append(BlockState(after.h, after.M, carried, after.window, after.recent))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _mixed(
