@@ -2,9 +2,9 @@
 
 `python benchmarks/decode.py` decodes with the 7B network on a GPU, random weights, and writes benchmarks/results/decode_<gpu>.json; on a
 CPU `--size tiny --output FILE` tries it. Parity first: the decoder's logits and the network's own step against fp32. The floor is the
-bytes of the weights that a token needs and of the state, read and written (of a window each token one or the other), over the rate of a
-copy in the same run. `--sweep` times tiles
-of the decoding kernels as well and writes the best in the form of mmrec/decoding/tiles.json.
+bytes of the weights that a token needs and of the state, read and written (of a window, and of what is convolved before it, each token
+one or the other), over the rate of a copy in the same run. `--sweep` times tiles of the decoding kernels as well and writes the best in
+the form of mmrec/decoding/tiles.json.
 """
 
 import argparse
@@ -94,12 +94,16 @@ def weight_bytes(model: MMRecModel) -> int:
 
 
 def step_bytes(model: MMRecModel, batch: int) -> int:
-    """Bytes that a step must move: the weights once; the state read and written, but of a window W − 1 tokens read and one written."""
+    """Bytes that a step must move: the weights once; the state read and written, but of a window W − 1 tokens read and one written.
+
+    Of q and k before a window's convolution likewise: J − 1 tokens read and one written.
+    """
     config, size = model.config, model.embedding.weight.itemsize
     windows = config.num_windows
     carried = 4 * config.model_dim * (config.num_layers + (config.num_layers - windows) * config.head_dim)
     tokens = windows * config.window * (2 * config.model_dim * size + 4 * config.heads)
-    return weight_bytes(model) + batch * (2 * carried + tokens)
+    convolved = windows * config.window_conv * 2 * config.model_dim * size if config.window_conv > 1 else 0
+    return weight_bytes(model) + batch * (2 * carried + tokens + convolved)
 
 
 def token_ms(step: Callable[[], Any], where: torch.device, count: int) -> float:

@@ -101,7 +101,11 @@ def test_the_floor_by_hand(scripts: SimpleNamespace) -> None:
     inside = MMRecModel(vocab_size=10, model_dim=8, num_layers=3, num_heads=2, window_every=3, window=5).bfloat16()
     state = 4 * (3 * 8 + 2 * 8 * 4)  # three layers' h, two matrices
     tokens = 5 * (2 * 2 * 8 + 4 * 2)  # keys, values, decays: four read, one written
-    assert scripts.decode.step_bytes(inside, 3) == scripts.decode.weight_bytes(inside) + 3 * (2 * state + tokens)
+    recent = 4 * 2 * 2 * 8  # q and k: three tokens read, one written
+    assert scripts.decode.step_bytes(inside, 3) == scripts.decode.weight_bytes(inside) + 3 * (2 * state + tokens + recent)
+    alone = MMRecModel(vocab_size=10, model_dim=8, num_layers=3, num_heads=2, window_every=3, window=5, window_conv=1).bfloat16()
+    assert scripts.decode.step_bytes(alone, 3) == scripts.decode.weight_bytes(alone) + 3 * (2 * state + tokens)
+    assert scripts.decode.weight_bytes(inside) - scripts.decode.weight_bytes(alone) == 2 * 2 * 8 * 4  # gains
     untied = MMRecModel(vocab_size=10, model_dim=8, num_layers=1, tie_embeddings=False)
     tied = MMRecModel(vocab_size=10, model_dim=8, num_layers=1)
     assert scripts.decode.weight_bytes(untied) == scripts.decode.weight_bytes(tied)

@@ -72,7 +72,7 @@ class Decoder:
         self._greedy = greedy
         self._step: FusedStep | None = None
         if self.fused:
-            self._state = [own._replace(window=None) for own in self._state]  # it has rings
+            self._state = [own._replace(window=None, recent=None) for own in self._state]  # it has rings
             self._step = _fused_step(model, self._state, self.logits)
         self._graph: torch.cuda.CUDAGraph | None = None
         if weight.is_cuda:
@@ -80,8 +80,8 @@ class Decoder:
 
     @property
     def state(self) -> list[BlockState]:
-        """One `BlockState` a layer, overwritten by every step, but for the windows of the fused step: a look copies them from its rings."""
-        return [own if ring is None else own._replace(window=ring.state()) for own, ring in self._layers()]
+        """One `BlockState` a layer, overwritten by every step, but for the fused step's windows, which a look copies from its rings."""
+        return [own if ring is None else own._replace(window=ring.state(), recent=ring.last()) for own, ring in self._layers()]
 
     @torch.inference_mode()
     def load(self, state: list[BlockState]) -> None:
@@ -96,7 +96,7 @@ class Decoder:
         copy_state(own, state)
         for layer, (_, ring) in zip(own, self._layers(), strict=True):
             if ring is not None and layer.window is not None:
-                ring.load(layer.window)
+                ring.load(layer.window, layer.recent)
 
     @torch.inference_mode()
     def step(self, token_ids: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 | `gates_in` | `W_in` of both gates (`W_down`) | their hidden layers, (B, 2, D/4), GELU; with DPG (B, R), ReLU |
 | `short_term` | `W_out` of both gates (`W_up`), `w_g` | `h`, (B, D) fp32, in place |
 | `memory` | `g_r`, `g_h` | `M`, (B, H, K, V) fp32, in place; the gated read-out, (B, D) |
-| `window` | `g_r`, `g_h` | in the memory's place where a layer has one: a token in `rings.Ring`; the gated read-out |
+| `window` | `g_r`, `g_h`, `convolution` | in the memory's place where a layer has one: a token in `rings.Ring`; the gated read-out |
 | `out` | `W_o` | `x + W_o y` |
 | `gate_up` | `W_gate_up` | `SiLU(gate) · up` of `RMSNorm(x)`, (B, F) |
 | `down` | `W_down` | `x + W_down y` |
@@ -29,7 +29,7 @@ from mmrec.decoding.kernels_window import window_kernel
 from mmrec.decoding.rings import Ring
 from mmrec.decoding.tiles import dependent_launch, memory_options, product_options, window_options
 from mmrec.model import MMRecModel
-from mmrec.ops.launching import blocks
+from mmrec.ops.launching import blocks, power_of_two
 
 
 class Launch(NamedTuple):
@@ -64,7 +64,7 @@ class FusedStep:
 
     Args:
         model: a network for which `support.unsupported` has nothing to say.
-        state: of every layer, fp32, contiguous; `h` and `M` are changed in place by every call, windows not looked at.
+        state: of every layer, fp32, contiguous; `h` and `M` are changed in place by every call, `window` and `recent` not looked at.
         logits: (B, vocab_size) in the weights' dtype, written by every call.
         dependent: let kernels start early (`tiles.dependent_launch`); None: where the device can.
 
@@ -219,10 +219,12 @@ class FusedStep:
         options = window_options(config.head_dim, words, config.window, heads)
         inputs = tuple(self._part(name) for name in "qkve")
         decays = (self.alpha_logits, decay.dt_bias.detach(), decay.A_log.detach(), block.temperature.log_temperature.detach())
-        slots = (keys, values, ring.log_alpha, ring.decay, ring.position)
+        gains = (None, None) if block.convolution is None else tuple(gain.detach() for gain in block.convolution.gains())
+        slots = (keys, values, ring.log_alpha, ring.decay, ring.position, ring.recent, ring.recent_position, *gains)
         shapes = ((heads, options["SPLITS"], config.head_dim), (heads, 2, options["SPLITS"]))
         scratch = (*(torch.zeros(shape, dtype=torch.float32, device=keys.device) for shape in shapes), self.arrived)
         tensors = (*inputs, *decays, state.h, *slots, block.g_r.detach(), block.g_h.detach(), *scratch, self.y)
-        numbers = (config.heads, config.head_dim, config.window, words, self.parts.stride(0), self.eps)
+        numbers = (config.heads, config.head_dim, config.window, config.window_conv, words, self.parts.stride(0), self.eps)
         grid = (heads * options["SPLITS"],)
-        return self._launch("window", window_kernel, grid, (*tensors, *numbers), options | {"PACKED": self.packed})
+        constants = {"BJ": power_of_two(config.window_conv), "PACKED": self.packed}
+        return self._launch("window", window_kernel, grid, (*tensors, *numbers), options | constants)

@@ -1,7 +1,7 @@
 """The Triton kernel of a token's step where a layer has a window: what `kernels.memory_kernel` is for a matrix.
 
 Keys and values come as words of 32 bits as weights do there, and for its reason: all old tokens lie in registers, unopened, before the
-kernel waits. Dimension letters: H heads of width K, a window of W tokens.
+kernel waits. Dimension letters: H heads of width K, a window of W tokens, a convolution of J.
 """
 
 import triton
@@ -25,9 +25,35 @@ def channels(ptr, word, K, round_ptr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def address(ptr, h_even, h_odd, word, K, round_ptr, PACKED: tl.constexpr):
-    """`L2norm(x + h)`, rounded as `h` is, in the form of `channels`."""
-    even, odd = channels(ptr, word, K, round_ptr, PACKED)
+def earlier(recent_ptr, gain_ptr, position, stride, back, channel, K, J):
+    """What a convolution of a head's vector reads before the token is there, (BJ, BK) each: the tokens, zeros for the new one, and gains.
+
+    Args:
+        recent_ptr: the head's channels in the first of J slots, `stride` apart; `position` is the slot that the new token will take.
+        gain_ptr: the head's rows of (D, J).
+        back: (BJ, 1), how many tokens before the new one; `channel`: (1, BK).
+    """
+    place = recent_ptr + (position + J - back) % J * stride + channel
+    tokens = tl.load(place, mask=(back > 0) & (back < J) & (channel < K), other=0.0)
+    gains = tl.load(gain_ptr + channel * J + (J - 1 - back), mask=(back < J) & (channel < K), other=0.0)
+    return tokens, gains
+
+
+@triton.jit
+def convolved(x, tokens, gains, back, round_ptr, BW: tl.constexpr, PACKED: tl.constexpr):
+    """`Σ_j w_j x_{t−j}` of a token, (1, BK), and what `earlier` found, rounded as `round_ptr` says, in the form of `channels`."""
+    products = tl.where(back == 0, x, tokens).to(tl.float32) * gains.to(tl.float32)
+    total = rounded(tl.sum(products, 0), round_ptr)
+    even = total
+    odd = total
+    if PACKED:
+        even, odd = tl.split(tl.reshape(total, [BW, 2]))
+    return even[None, :], odd[None, :]
+
+
+@triton.jit
+def address(even, odd, h_even, h_odd, round_ptr, PACKED: tl.constexpr):
+    """`L2norm(x + h)`, rounded as `round_ptr` says, all in the form of `channels`."""
     even += h_even
     odd += h_odd
     squares = even * even
@@ -84,6 +110,10 @@ def window_kernel(
     log_alpha_ptr,
     decay_ptr,
     position_ptr,
+    recent_ptr,
+    recent_position_ptr,
+    q_gain_ptr,
+    k_gain_ptr,
     g_r_ptr,
     g_h_ptr,
     parts_ptr,
@@ -93,6 +123,7 @@ def window_kernel(
     H,
     K,
     W,
+    J,
     row,
     parts_stride,
     eps,
@@ -101,6 +132,7 @@ def window_kernel(
     BN: tl.constexpr,
     SPLITS: tl.constexpr,
     PARTS: tl.constexpr,
+    BJ: tl.constexpr,
     PACKED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -108,11 +140,15 @@ def window_kernel(
 
     `r = Σ_j softmax_j(τ ⟨q̃, k̃_j⟩ + Σ_{i>j} log α_i) v_j`. A program takes BN slots of a head; it alone reads and writes them. The last of
     a head's SPLITS programs to arrive, by the head's counter in `arrived_ptr`, merges their sums, makes y, sets the counter back to zero
-    and moves the head's position on: by then all have read it.
+    and moves the head's positions on: by then all have read them.
+
+    Where q and k are convolved every program does that for its head, and one of them keeps the token's: in a slot that none reads now.
 
     Args of note:
         q_ptr, k_ptr, v_ptr, e_ptr: rows of `parts_stride` elements.
         keys_ptr, values_ptr: (B, H, W, row) words.
+        recent_ptr: (B, J, 2D), q and k of the tokens before; with `recent_position_ptr`, (B, H), and the gains, (D, J) each. Or None, all
+            four, and J is 1.
         parts_ptr: scratch, (B·H, SPLITS, K) fp32: a program's `Σ_j p_j v_j`; with in `extremes_ptr`, (B·H, 2, SPLITS), the largest of its
             scores, to which its p are relative, and `Σ_j p_j`.
     """
@@ -134,6 +170,15 @@ def window_kernel(
     decay = tl.load(decay_ptr + first_slot + slot, mask=inside, other=float("-inf"))
     position = tl.load(position_ptr + which)
     new = slot == position
+    if recent_ptr is not None:
+        element = tl.arange(0, BW * 2 if PACKED else BW)[None, :]
+        back = tl.arange(0, BJ)[:, None]
+        stride = 2 * H * K
+        recent_ptr += batch * J * stride + head * K
+        recent_k_ptr = recent_ptr + H * K
+        recent_position = tl.load(recent_position_ptr + which)
+        q_tokens, q_gains = earlier(recent_ptr, q_gain_ptr + head * K * J, recent_position, stride, back, element, K, J)
+        k_tokens, k_gains = earlier(recent_k_ptr, k_gain_ptr + head * K * J, recent_position, stride, back, element, K, J)
     rate = tl.exp(tl.load(A_log_ptr + head))
     dt_bias = tl.load(dt_bias_ptr + head)
     temperature = tl.exp(tl.load(log_temperature_ptr + head))
@@ -141,8 +186,19 @@ def window_kernel(
     part = batch * parts_stride + head * K
     own = batch * H * K + head * K
     h_even, h_odd = channels(h_ptr + own, word, K, y_ptr, PACKED)
-    q_even, q_odd = address(q_ptr + part, h_even, h_odd, word, K, y_ptr, PACKED)
-    k_even, k_odd = address(k_ptr + part, h_even, h_odd, word, K, y_ptr, PACKED)
+    if recent_ptr is not None:
+        q = tl.load(q_ptr + part + element, mask=element < K, other=0.0)
+        k = tl.load(k_ptr + part + element, mask=element < K, other=0.0)
+        kept = (element < K) & (split == 0)
+        tl.store(recent_ptr + recent_position * stride + element, q, mask=kept)
+        tl.store(recent_k_ptr + recent_position * stride + element, k, mask=kept)
+        q_even, q_odd = convolved(q, q_tokens, q_gains, back, y_ptr, BW, PACKED)
+        k_even, k_odd = convolved(k, k_tokens, k_gains, back, y_ptr, BW, PACKED)
+    else:
+        q_even, q_odd = channels(q_ptr + part, word, K, y_ptr, PACKED)
+        k_even, k_odd = channels(k_ptr + part, word, K, y_ptr, PACKED)
+    q_even, q_odd = address(q_even, q_odd, h_even, h_odd, y_ptr, PACKED)
+    k_even, k_odd = address(k_even, k_odd, h_even, h_odd, y_ptr, PACKED)
     v_even, v_odd = channels(v_ptr + part, word, K, y_ptr, PACKED)
     log_alpha = rate * logsigmoid(-(tl.load(logits_ptr + which) + dt_bias))
 
@@ -180,4 +236,6 @@ def window_kernel(
         r = merged(parts_ptr + which.to(tl.int64) * SPLITS * K, extremes_ptr, channel, K, BK, SPLITS, PARTS)
         tl.store(arrived_ptr + which, 0)
         tl.store(position_ptr + which, (position + 1) % W)
+        if recent_ptr is not None:
+            tl.store(recent_position_ptr + which, (recent_position + 1) % J)
         read_out(r, h_ptr + own, e_ptr + part, g_r_ptr + head * K, g_h_ptr + head * K, y_ptr + own, channel, K, eps)

@@ -23,7 +23,7 @@ def network(**options: Any) -> MMRecModel:
     model = MMRecModel(**(defaults | options)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.ndim == 1 or name.endswith(("g_r", "g_h")):
+            if parameter.ndim == 1 or name.endswith(("g_r", "g_h", "gain")):
                 noise = 0.3 * torch.randn_like(parameter)
                 if model.config.state_gate or not name.endswith("w_g"):  # it is frozen at 0
                     parameter.add_(noise)

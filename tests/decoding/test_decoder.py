@@ -11,6 +11,7 @@ from mmrec.decoding import Decoder, decoder, support
 from mmrec.decoding.support import unsupported
 
 OPTIONS = {"HEM": {}, "six": {"use_hem": False}, "DPG": {"use_dpg": True}, "window": {"window_every": 2, "window": 4}}
+OPTIONS |= {f"window, {taps} taps": {"window_every": 2, "window": 4, "window_conv": taps} for taps in (1, 3)}
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -53,6 +54,10 @@ def test_why_the_fused_step_would_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert unsupported(windows, 4) == ""
     windows.blocks[0].temperature.log_temperature.data = torch.zeros(2, dtype=torch.bfloat16)
     assert "log_temperature is torch.bfloat16" in unsupported(windows, 1)
+    taps = network(model_dim=16, num_heads=2, window_every=1, window_conv=3).bfloat16()  # rows of 3 are no words, but need not be
+    assert unsupported(taps, 1) == ""
+    taps.blocks[0].convolution.k_gain.data = torch.zeros(16, 3)
+    assert "k_gain is torch.float32" in unsupported(taps, 1)
     assert "use_hem" in unsupported(network(model_dim=16, num_heads=2, use_hem=False), 1)
     assert "1024 channels" in unsupported(network(model_dim=1024, num_heads=1), 1)
     assert "torch.float64" in unsupported(network(model_dim=16).double(), 1)

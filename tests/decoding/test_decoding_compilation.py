@@ -27,6 +27,9 @@ KINDS: dict[str, tuple[dict[str, Any], int, torch.dtype]] = {
     "fp32, odd sizes": (ODD, 2, torch.float32),
     "fp32, odd sizes, windows": (ODD | WINDOW | {"window": 7}, 2, torch.float32),
     "windows of a token": (ODD | WINDOW | {"window": 1}, 1, torch.float32),
+    "7B, windows, three taps": (SEVEN_B | WINDOW | {"window_conv": 3}, 1, torch.bfloat16),
+    "7B, windows, no convolution": (SEVEN_B | WINDOW | {"window_conv": 1}, 1, torch.bfloat16),
+    "fp32, odd sizes, windows, no convolution": (ODD | WINDOW | {"window": 7, "window_conv": 1}, 2, torch.float32),
 }
 
 

@@ -21,7 +21,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "DPG": {"model_dim": 512, "num_heads": 8, "use_dpg": True, "initializer_range": 0.03},
     "windows": {"model_dim": 1024, "num_heads": 8, "window_every": 2, "window": 512, "initializer_range": 0.02},
     "windows, wide heads": {"model_dim": 1024, "num_heads": 2, "window_every": 1, "window": 100, "initializer_range": 0.02},
-    "odd windows": {"model_dim": 88, "num_heads": 2, "window_every": 1, "window": 7, "initializer_range": 0.1},
+    "no convolution": {"model_dim": 512, "num_heads": 4, "window_every": 1, "window": 100, "window_conv": 1, "initializer_range": 0.02},
+    "odd windows": {"model_dim": 88, "num_heads": 2, "window_every": 1, "window": 7, "window_conv": 3, "initializer_range": 0.1},
     "odd": {"model_dim": 88, "num_heads": 2, "pe_dim": 8, "initializer_range": 0.1},
 }
 
@@ -68,7 +69,7 @@ def test_bf16_is_as_near_to_the_truth_as_the_networks_own_step(name: str, batch:
 
 @pytest.mark.parametrize("early", [0, 1], ids=["waiting", "early"])
 def test_a_window_from_its_first_token_through_many_rounds(early: int) -> None:
-    """The capture's warm-ups have left nothing, and a replay finds the place that the one before has left."""
+    """The capture's warm-ups have left nothing, and a replay finds the places that the one before has left."""
     model = on_gpu(torch.float32, model_dim=512, num_heads=4, window_every=2, window=37)
     state, given = model.init_state(2), tokens(model, 2, 300)
     expected, expected_state = stepped(model, state, given)

@@ -30,6 +30,10 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "odd heads, odd rows": {"window": 5, "model_dim": 44, "ffn_dim": 27},
     "heads of one channel": {"window": 5, "model_dim": 8, "num_heads": 8},
     "heads of 64": {"window": 5, "model_dim": 64, "num_heads": 1},
+    "no convolution": {"window": 13, "window_conv": 1},
+    "three taps, odd heads": {"window": 5, "window_conv": 3, "model_dim": 44, "ffn_dim": 27},
+    "more taps than slots": {"window": 2, "window_conv": 7},
+    "three taps, two layers of four": {"window": 6, "window_conv": 3, "num_layers": 4, "window_every": 2},
     "DPG, no state gate": {"window": 5, "use_dpg": True, "dpg_rank": 20, "state_gate": False},
 }
 
@@ -55,15 +59,17 @@ def test_steps_are_the_networks_own(name: str) -> None:
     assert_same_state(after, expected_state)
 
 
+@pytest.mark.parametrize("taps", [1, 3, 4])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_from_the_first_token_until_the_ring_has_come_round(batch: int) -> None:
-    model = windowed(window=5)
+def test_from_the_first_token_until_the_rings_have_come_round(batch: int, taps: int) -> None:
+    model = windowed(window=5, window_conv=taps)
     state, given = model.init_state(batch), tokens(model, batch, 8)
-    expected, _ = stepped(model, state, given)
+    expected, expected_state = stepped(model, state, given)
     with Decoder(model, batch, fused=True) as decoder:
         for count, (token, wanted) in enumerate(zip(given, expected, strict=True), 1):
             assert_same(decoder.step(token), wanted)
             assert decoder.state[0].window.seen.sum(1).tolist() == [min(count, 4)] * batch
+        assert_same_state(decoder.state, expected_state)
 
 
 def test_what_was_not_seen_does_not_count() -> None:
@@ -82,7 +88,7 @@ def test_a_state_read_back_goes_on_elsewhere() -> None:
     given = tokens(model, 2, 5)
     first = Decoder(model, 2, fused=True)
     decoded(first, random_state(model, 2), given[:3])  # the ring stands in the middle
-    state = [BlockState(own.h.clone(), own.M.clone(), None, own.window) for own in first.state]
+    state = [BlockState(own.h.clone(), own.M.clone(), None, own.window, own.recent) for own in first.state]
     wanted = torch.stack([first.step(token).clone() for token in given[3:]])
     for decoder in (first, Decoder(model, 2, fused=True), Decoder(model, 2, fused=False)):
         assert_same(torch.stack(decoded(decoder, state, given[3:])[0]), wanted)
@@ -102,8 +108,17 @@ def test_states_of_another_window_are_refused() -> None:
         decoder.load(windowed(window=5).init_state(1))
 
 
-def test_bf16_is_as_near_to_the_truth_as_the_networks_own_step() -> None:
-    model, exact = windowed(model_dim=40, window=7).bfloat16(), windowed(model_dim=40, window=7).double()
+def test_states_of_another_convolution_are_refused() -> None:
+    decoder = Decoder(windowed(window=3), fused=True)
+    for taps in (1, 3):
+        with pytest.raises(ValueError, match=r"a window's tensors of .*; give .*\(1, 3, 32\)\]"):
+            decoder.load(windowed(window=3, window_conv=taps).init_state(1))
+
+
+@pytest.mark.parametrize("taps", [1, 3, 4])
+def test_bf16_is_as_near_to_the_truth_as_the_networks_own_step(taps: int) -> None:
+    options = {"model_dim": 40, "window": 7, "window_conv": taps}
+    model, exact = windowed(**options).bfloat16(), windowed(**options).double()
     exact.load_state_dict(model.state_dict())
     state, given = random_state(model, 2), tokens(model, 2, 3)
     truth, true_state = stepped(exact, state, given)
@@ -123,8 +138,8 @@ def test_nothing_is_read_before_it_is_written(poisoned_memory: None) -> None:
 class Layer:
     """The window's kernel alone, on random inputs, and what float64 makes of the same."""
 
-    def __init__(self, window: int, batch: int, dtype: torch.dtype) -> None:
-        self.model = windowed(window=window).to(dtype)
+    def __init__(self, window: int, batch: int, dtype: torch.dtype, taps: int = 4) -> None:
+        self.model = windowed(window=window, window_conv=taps).to(dtype)
         state = self.model.init_state(batch)
         self.step = FusedStep(self.model, state, torch.zeros(batch, self.model.config.vocab_size, dtype=dtype))
         (self.ring,) = self.step.rings
@@ -145,16 +160,16 @@ class Layer:
         return torch.stack(found, dim=1)
 
     @torch.no_grad()
-    def truth(self, inputs: Inputs) -> tuple[torch.Tensor, WindowState]:
-        """The same by the operators, and the window after the last token."""
+    def truth(self, inputs: Inputs) -> tuple[torch.Tensor, WindowState, torch.Tensor | None]:
+        """The same by the operators, and the window and the last q and k after the last token."""
         parts, logits, h = inputs
         block = MMRecBlock(self.model.config).double()
         block.load_state_dict(self.model.blocks[0].state_dict())
         dim, decay = self.model.config.model_dim, block.head_decay
         q, k, v, _, _, e = parts.double().split([dim, dim, dim, dim, self.model.config.pe_width, dim], dim=-1)
         log_alpha = -decay.A_log.exp() * torch.nn.functional.softplus(logits.double() + decay.dt_bias)
-        r, after = window_memory(block, q, k, v, h.double(), log_alpha, None, None)
-        return read_out(block, h.double(), r, e), after
+        r, window, recent = window_memory(block, q, k, v, h.double(), log_alpha, None, None)
+        return read_out(block, h.double(), r, e), window, recent
 
     def draw(self, batch: int, time: int) -> Inputs:
         config = self.model.config
@@ -163,21 +178,27 @@ class Layer:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("window", "slots", "batch"), [(1, 4, 1), (2, 1, 3), (7, 2, 1), (7, 8, 3), (9, 4, 3)])
-def test_the_kernel_alone_through_several_rounds(window: int, slots: int, batch: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("window", "slots", "batch", "taps"), [(1, 4, 1, 4), (2, 1, 3, 3), (7, 2, 1, 4), (7, 8, 3, 1), (9, 4, 3, 3), (9, 2, 2, 1)]
+)
+def test_the_kernel_alone_through_several_rounds(window: int, slots: int, batch: int, taps: int, dtype: torch.dtype) -> None:
     with overridden(window={"BN": slots, "num_warps": 1}):
-        layer = Layer(window, batch, dtype)
+        layer = Layer(window, batch, dtype, taps)
     inputs = layer.draw(batch, 2 * window + 3)
-    expected, state = layer.truth(inputs)
+    expected, state, recent = layer.truth(inputs)
     assert_same(layer.run(inputs), expected, dtype)
     for found, wanted in zip(layer.ring.state(), state, strict=True):
         assert_same(found, wanted, dtype)
+    if taps == 1:
+        assert layer.ring.last() is recent is None
+    else:
+        assert torch.equal(layer.ring.last().double(), recent)
 
 
 def test_a_long_run_stays_exact() -> None:
     layer = Layer(7, 1, torch.float32)
     inputs = layer.draw(1, 200)
-    expected, state = layer.truth(inputs)
+    expected, state, _ = layer.truth(inputs)
     found = layer.run(inputs)
     assert_same(found[:, -7:], expected[:, -7:])
     assert_same(found, expected)
@@ -185,6 +206,7 @@ def test_a_long_run_stays_exact() -> None:
     order = (int(layer.ring.position[0, 0]) + torch.arange(1, 7)) % 7
     assert_same(layer.ring.decay[:, :, order].transpose(1, 2), wanted, torch.float32)
     assert layer.ring.position.tolist() == [[200 % 7] * 2]
+    assert layer.ring.recent_position.tolist() == [[200 % 4] * 2]
     assert not layer.step.arrived.any()
 
 
