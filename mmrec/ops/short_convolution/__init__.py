@@ -28,7 +28,7 @@ def short_convolution(x: Tensor, weight: Tensor, state: Tensor | None = None, re
         ValueError: for T = 0, a wrong shape, or more than 16 taps.
     """
     check_scan_inputs("short_convolution", x, reset)
-    batch, time, channels = x.shape
+    batch, channels = x.shape[0], x.shape[2]
     if weight.ndim != 2 or not 1 <= weight.shape[-1] <= _MOST_TAPS:
         raise ValueError(f"short_convolution: weight has shape {tuple(weight.shape)}; give (C, J) with 1 to {_MOST_TAPS} taps J")
     taps = weight.shape[1]

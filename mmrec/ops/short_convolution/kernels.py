@@ -48,9 +48,8 @@ def forward_kernel(
     y = tl.zeros((BT, BC), tl.float32)
     visible = token < T
     for back in tl.static_range(J):
-        if reset_ptr is not None:
-            if back > 0:
-                visible &= crosses(reset_ptr, token - (back - 1), T) == 0
+        if reset_ptr is not None and back > 0:
+            visible &= crosses(reset_ptr, token - (back - 1), T) == 0
         earlier = token - back
         mask = (visible & (earlier >= 0))[:, None] & inside[None, :]
         x = tl.load(x_ptr + earlier.to(tl.int64)[:, None] * x_stride_t + channel[None, :] * x_stride_c, mask=mask, other=0.0)
@@ -113,9 +112,8 @@ def backward_kernel(
         after = ()
         for ahead in tl.static_range(J):
             later = token + ahead
-            if reset_ptr is not None:
-                if ahead > 0:
-                    visible &= crosses(reset_ptr, later, T) == 0
+            if reset_ptr is not None and ahead > 0:
+                visible &= crosses(reset_ptr, later, T) == 0
             reached = (visible & (later < T))[:, None] & inside[None, :]
             place = dy_ptr + later.to(tl.int64)[:, None] * dy_stride_t + channel[None, :] * dy_stride_c
             dy = tl.load(place, mask=reached, other=0.0).to(tl.float32)
