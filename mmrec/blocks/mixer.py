@@ -205,7 +205,8 @@ class _Mix(torch.autograd.Function):
         dlog_alpha, dh_out = torch.empty_like(log_alpha), torch.empty_like(h)
         addressed = (query, key, v.unflatten(-1, heads), log_alpha)
         dq_heads, dk_heads, dv_heads, dh_heads = (gradient.unflatten(-1, heads) for gradient in (dq, dk, dv, dh_out))
-        dM0, dtemperature, dgains = None, None, [None, None]
+        dM0, dtemperature = None, None
+        dgains: list[Tensor | None] = [None, None]
         if ctx.window:
             dquery, dkey, dtemperature = torch.empty_like(query), torch.empty_like(key), torch.empty_like(temperature)
             window = (temperature, first, ctx.window)
