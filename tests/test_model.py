@@ -14,6 +14,10 @@ from mmrec.model import MMRecModel
 from mmrec.ops import memory_scan
 
 VOCAB, B, T = 37, 2, 23
+WINDOWS = {"window_every": 2, "window": 6}
+networks = pytest.mark.parametrize(
+    "options", [{}, WINDOWS, {**WINDOWS, "window_conv": 1}], ids=["matrices", "windows", "windows without convolutions"]
+)
 
 
 def small(**fields) -> MMRecModel:
@@ -82,8 +86,9 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize("use_hem", [True, False], ids=["HEM", "six"])
 @pytest.mark.parametrize("use_dpg", [True, False], ids=["DPG", "MDI"])
-def test_no_future_token_changes_a_past_output(use_hem: bool, use_dpg: bool) -> None:
-    model = disturb(small(use_hem=use_hem, use_dpg=use_dpg))
+@networks
+def test_no_future_token_changes_a_past_output(use_hem: bool, use_dpg: bool, options: dict) -> None:
+    model = disturb(small(use_hem=use_hem, use_dpg=use_dpg, **options))
     ids = tokens()
     changed = ids.clone()
     changed[:, 12:] = (changed[:, 12:] + 1) % VOCAB
@@ -93,8 +98,9 @@ def test_no_future_token_changes_a_past_output(use_hem: bool, use_dpg: bool) -> 
 
 
 @pytest.mark.parametrize("planning_loss", ["mse", "normalized"])
-def test_every_trainable_parameter_gets_a_gradient(planning_loss: str) -> None:
-    model = disturb(small(planning_loss=planning_loss))
+@networks
+def test_every_trainable_parameter_gets_a_gradient(planning_loss: str, options: dict) -> None:
+    model = disturb(small(planning_loss=planning_loss, **options))
     model.loss({"input_ids": tokens(), "labels": tokens()}).loss.backward()
     without = {name for name, p in model.named_parameters() if p.grad is None or p.grad.norm() == 0}
     frozen = {f"blocks.{i}.mdi.W_planning_error.weight" for i in range(2)}
@@ -145,10 +151,7 @@ def test_the_model_calls_its_operators() -> None:
     assert [name for name in recorded.names if "_scan" in name] == ["gated_scan_from_logits", "memory_scan_kept"] * 2
 
 
-WINDOWS = {"window_every": 2, "window": 6}
-
-
-@pytest.mark.parametrize("options", [{}, WINDOWS], ids=["matrices", "windows"])
+@networks
 @pytest.mark.parametrize("chunk_size", [1, 7, 23, 50])
 def test_chunks_equal_the_whole(chunk_size: int, options: dict) -> None:
     model, ids = disturb(small(**options)).double(), tokens()
@@ -179,7 +182,7 @@ def test_steps_equal_the_whole() -> None:
     assert sum(s.h.numel() + s.M.numel() for s in state) * 4 == model.state_bytes(B)
 
 
-@pytest.mark.parametrize("options", [{}, WINDOWS], ids=["matrices", "windows"])
+@networks
 def test_packed_equals_document_by_document(options: dict) -> None:
     model, ids = disturb(small(**options)).double(), tokens()
     reset = torch.zeros(B, T, dtype=torch.bool)
@@ -189,13 +192,13 @@ def test_packed_equals_document_by_document(options: dict) -> None:
         assert_same(packed[:, begin:end], model(ids[:, begin:end]))
 
 
-@pytest.mark.parametrize("options", [{}, WINDOWS], ids=["matrices", "windows"])
+@networks
 def test_activation_checkpointing_changes_no_gradient(options: dict) -> None:
     batch = {"input_ids": tokens(), "labels": tokens()}
     grads = []
     for activation_checkpointing in (False, True, "selective"):
         torch.manual_seed(1)
-        model = small(activation_checkpointing=activation_checkpointing, orthogonalize=True, **options)
+        model = disturb(small(activation_checkpointing=activation_checkpointing, orthogonalize=True, **options))
         model.loss(batch).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     for again in grads[1:]:
@@ -296,9 +299,10 @@ def test_flops_of_matrix_products_are_those_that_run() -> None:
 
 
 def test_weight_decay_leaves_gates_and_norms_alone() -> None:
-    model = small()
+    model = small(**WINDOWS)
     exempt = model.no_weight_decay_parameters()
     assert exempt <= {name for name, _ in model.named_parameters()}
+    assert {f"blocks.1.{name}" for name in ("convolution.q_gain", "convolution.k_gain", "temperature.log_temperature")} <= exempt
     for name in ("head_decay.A_log", "head_decay.dt_bias", "state_gate.w_g", "norm.weight", "g_r", "g_h", "mdi.decay_mlp.out_bias.bias"):
         assert f"blocks.0.{name}" in exempt
     for name in ("projections.W_fused.weight", "W_o.weight", "ffn.W_down.weight", "head_decay.w_alpha", "mdi.W_planning_target.weight"):

@@ -48,7 +48,7 @@ def run(block: MMRecBlock, carried: bool, planned: bool, reset: Tensor | None = 
         reset = torch.rand(B, T) < 0.2
     outputs = block(x, state=state, reset=reset, return_auxiliary_loss=planned, return_state=True)
     y, after = outputs[0], outputs[-1]
-    memory = [after.M] if after.window is None else [tensor for tensor in after.window if tensor.is_floating_point()]
+    memory = [tensor for tensor in after.kept()[1:] if tensor.is_floating_point() and tensor.numel()]
     results = [y, after.h, *memory, *([outputs[1].mean(), after.planning] if planned else [])]
     leaves = [x, *(p for p in block.parameters() if p.requires_grad), *([state.h, state.M] if state else [])]
     gradients = torch.autograd.grad(results, leaves, [torch.randn_like(r) for r in results], allow_unused=True)
@@ -74,10 +74,14 @@ def test_fused_equals_composed(use_hem: bool, use_dpg: bool, planned: bool, orth
 @pytest.mark.parametrize(("planned", "orthogonalize"), [(False, False), (True, True)])
 @pytest.mark.parametrize("documents", [True, False])
 @pytest.mark.parametrize("recompute", ["selective", False])
-def test_with_a_window_fused_equals_composed(use_hem: bool, planned: bool, orthogonalize: bool, documents: bool, recompute: Any) -> None:
+@pytest.mark.parametrize("window_conv", [1, 4, 16])
+def test_with_a_window_fused_equals_composed(
+    use_hem: bool, planned: bool, orthogonalize: bool, documents: bool, recompute: Any, window_conv: int
+) -> None:
     options = {"use_uboo": planned, "orthogonalize": orthogonalize, "activation_checkpointing": recompute}
-    block = make_block(use_hem=use_hem, window_every=1, window=5, **options)
+    block = make_block(use_hem=use_hem, window_every=1, window=5, window_conv=window_conv, **options)
     assert block.has_window
+    assert (block.convolution is None) == (window_conv == 1)
     reset = torch.rand(B, T, generator=torch.Generator().manual_seed(1)) < 0.2 if documents else None
     actual = run(block, False, planned, reset)
     with pytest.MonkeyPatch.context() as patched:
@@ -88,18 +92,27 @@ def test_with_a_window_fused_equals_composed(use_hem: bool, planned: bool, ortho
         assert_same(ours, theirs)
 
 
-def test_what_is_formed_again_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    block = make_block()
-    expected = run(block, True, False)
+@pytest.mark.parametrize(
+    ("options", "numbers"),
+    [
+        ({}, 2 * D + 2 * H),  # addresses and their scales; on a CPU no memories
+        ({"window_every": 1, "window": 5, "window_conv": 1}, 4 * D),  # addresses, and what they are made of
+        ({"window_every": 1, "window": 5}, 4 * D),
+    ],
+    ids=["matrix", "window", "convolution"],
+)
+def test_what_is_formed_again_is_the_same(options: dict[str, Any], numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, carried = make_block(**options), not options  # a carried window's operators stand alone
+    expected = run(block, carried, False)
     right, kept = mm_rec_block.mix, {}
     for recompute in (False, True):
         monkeypatch.setattr(mm_rec_block, "mix", lambda *a, _again=recompute, **options: right(*a, **{**options, "recompute": _again}))
         sizes: list[int] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
-            actual = run(block, True, False)
+            actual = run(block, carried, False)
         kept[recompute] = sum(sizes)
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
-    assert kept[False] - kept[True] == 2 * B * T * (D + H)  # addresses and their scales; on a CPU no memories
+    assert kept[False] - kept[True] == B * T * numbers
 
 
 def test_the_backward_concatenates_nothing() -> None:

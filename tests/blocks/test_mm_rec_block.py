@@ -16,15 +16,17 @@ def block(**fields) -> MMRecBlock:
     [
         ({}, {"gated_scan_from_logits": 2, "memory_scan_kept": 2}),
         ({"state_gate": False}, {"linear_scan": 2, "exp_product_scan": 1, "memory_scan": 2}),
+        ({"window_every": 1}, {"gated_scan_from_logits": 1, "gated_scan": 1, "window_attention": 2, "short_convolution": 4}),
+        ({"window_every": 1, "window_conv": 1}, {"gated_scan_from_logits": 1, "gated_scan": 1, "window_attention": 2}),
     ],
-    ids=["state gate", "linear"],
+    ids=["state gate", "linear", "window", "window without a convolution"],
 )
 def test_the_block_calls_its_operators(fields: dict, expected: dict[str, int]) -> None:
     one = block(**fields)
     with RecordedOperators() as recorded:
         _, state = one(torch.randn(2, 5, 32), return_state=True)
         one(torch.randn(2, 5, 32), state=state)
-    scans = [name for name in recorded.names if "_scan" in name]
+    scans = [name for name in recorded.names if "_scan" in name or name in ("window_attention", "short_convolution")]
     assert {name: scans.count(name) for name in scans} == expected
 
 
@@ -47,17 +49,28 @@ def test_the_linear_form_is_the_core_formula_with_no_state_in_the_gate() -> None
 
 @pytest.mark.parametrize("use_dpg", [True, False], ids=["DPG", "MDI"])
 @pytest.mark.parametrize("state_gate", [True, False], ids=["gated", "linear"])
-def test_split_and_carried_equals_whole(state_gate: bool, use_dpg: bool) -> None:
-    one = block(state_gate=state_gate, use_dpg=use_dpg).double()
+@pytest.mark.parametrize("window", [{}, *({"window_every": 1, "window": 5, "window_conv": taps} for taps in (1, 4, 16))], ids=str)
+def test_split_and_carried_equals_whole(state_gate: bool, use_dpg: bool, window: dict) -> None:
+    one = block(state_gate=state_gate, use_dpg=use_dpg, **window).double()
     with torch.no_grad():
         one.state_gate.w_g.normal_() if state_gate else None
+        for gain in () if one.convolution is None else one.convolution.gains():
+            gain.normal_()
     x = torch.randn(2, 20, 32, dtype=torch.float64)
     whole, last = one(x, return_state=True)
     head, state = one(x[:, :7], return_state=True)
     tail, state = one(x[:, 7:], state=state, return_state=True)
     assert_same(torch.cat([head, tail], 1), whole)
-    assert_same(state.h, last.h)
-    assert_same(state.M, last.M)
+    for actual, expected in zip(state.kept(), last.kept(), strict=True):
+        assert_same(actual.double(), expected.double())
+
+
+def test_at_the_start_a_convolution_changes_nothing() -> None:
+    outputs, x = [], torch.randn(2, 20, 32)
+    for taps in (1, 4):
+        torch.manual_seed(2)
+        outputs.append(block(window_every=1, window=5, window_conv=taps)(x))
+    assert torch.equal(*outputs)
 
 
 def test_use_hem_cannot_be_assigned() -> None:
@@ -78,6 +91,8 @@ def test_use_hem_cannot_be_assigned() -> None:
         ({"dpg_rank": 1.5}, "dpg_rank is 1.5"),
         ({"lambda_P": float("nan")}, "lambda_P is nan"),
         ({"norm_eps": 0.0}, "norm_eps is 0.0"),
+        ({"window_conv": 0}, "window_conv is 0; give a whole number of at least 1"),
+        ({"window_conv": 17}, "window_conv = 17 is more than 16 tokens"),
     ],
 )
 def test_bad_sizes_are_refused_in_one_line(fields: dict, message: str) -> None:

@@ -11,9 +11,9 @@ def short_convolution_forward(x: Tensor, weight: Tensor, reset: Tensor | None) -
     """(B, T, C) in the dtype of `x`, summed in fp32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)
     y = torch.zeros(x.shape, dtype=wide, device=x.device)
-    for back, gain, visible in _taps(weight.to(wide), reset):
+    for back, gain, hidden in _taps(weight.to(wide), reset):
         earlier = F.pad(x.to(wide), (0, 0, back, 0))[:, : x.shape[1]]
-        y += gain * (earlier if visible is None else earlier * visible)
+        y += gain * (earlier if hidden is None else earlier.masked_fill(hidden, 0))
     return y.to(x.dtype)
 
 
@@ -23,8 +23,8 @@ def short_convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, reset: Te
     time = x.shape[1]
     dx = torch.zeros(x.shape, dtype=wide, device=x.device)
     columns = []
-    for back, gain, visible in _taps(weight.to(wide), reset):
-        through = dy.to(wide) if visible is None else dy.to(wide) * visible
+    for back, gain, hidden in _taps(weight.to(wide), reset):
+        through = dy.to(wide) if hidden is None else dy.to(wide).masked_fill(hidden, 0)
         later = F.pad(through, (0, 0, 0, back))[:, back : back + time]  # what token t + j hands to token t
         dx += gain * later
         columns.append((x.to(wide) * later).sum((0, 1)))
@@ -32,10 +32,10 @@ def short_convolution_gradients(dy: Tensor, x: Tensor, weight: Tensor, reset: Te
 
 
 def _taps(weight: Tensor, reset: Tensor | None) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """How far each tap reaches back, its gains (C,), and at which tokens (B, T, 1) it reaches across no document's start; None: at all."""
-    visible = None
+    """How far each tap reaches back, its gains (C,), and at which tokens (B, T, 1) it reaches across a document's start; None: at none."""
+    hidden = None
     for back in range(weight.shape[1]):
         if reset is not None and back:
             starts = F.pad(reset, (back - 1, 0))[:, : reset.shape[1]].unsqueeze(-1)
-            visible = ~starts if visible is None else visible & ~starts
-        yield back, weight[:, -1 - back], visible
+            hidden = starts if hidden is None else hidden | starts
+        yield back, weight[:, -1 - back], hidden
