@@ -14,6 +14,7 @@ from mmrec.ops import sums, tuning, window_attention
 from mmrec.ops.decay_log import kernels as decay_kernels
 from mmrec.ops.memory_address import kernels as address_kernels
 from mmrec.ops.memory_scan import addressed, chaining
+from mmrec.ops.window_attention import decays as window_decays
 from mmrec.ops.window_attention import launchers as window_launchers
 from mmrec.ops.window_attention import operator as window_operator
 
@@ -44,7 +45,7 @@ def look_ups(fused: int, monkeypatch: pytest.MonkeyPatch) -> Asked:
     for module in (addressed, window_operator):
         monkeypatch.setattr(module, "runs_kernel", lambda *_: True)
     monkeypatch.setattr(window_launchers, "launch_options", remember)
-    for shared in (sums, chaining, decay_kernels, address_kernels, window_launchers):
+    for shared in (sums, chaining, decay_kernels, address_kernels, window_decays, window_launchers):
         monkeypatch.setattr(shared, "launch", lambda kernel, tensors, prepare, *constants: prepare())
     for case in CASES:
         monkeypatch.setattr(definition(case.name), "runs_kernel", lambda *_: True)

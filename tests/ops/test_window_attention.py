@@ -4,6 +4,7 @@ The same tests run the PyTorch form in float64, the kernels through Triton's int
 """
 
 import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -18,6 +19,7 @@ from window import ONE_HEAD, SEQUENCE, STATE, Drawn, draw, given, gradient_limit
 from mmrec.ops import WindowState, window_attention
 from mmrec.ops.tuning import overridden
 from mmrec.ops.window_attention import pytorch, window_attention_naive
+from mmrec.ops.window_attention.decays import launch_decays
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 REAL_WIDTHS = [(64, 64), (128, 128), (256, 256), (512, 512), (20, 20), (20, 36), (96, 64)]
@@ -100,6 +102,22 @@ def test_other_tiles(setting: Setting, time: int, tiles: dict[str, int]) -> None
     """A head in one tile where others take several, and tiles of queries and keys that differ."""
     with overridden(**small_tiles(**tiles)):
         assert_equal_to_the_loop(setting, draw(setting, time, 18))
+
+
+@pytest.mark.parametrize(
+    ("window", "tiles"), [(63, {}), (64, {}), (63, {"BM": 32}), (64, {"BM": 32}), (63, {"BN": 32}), (64, {"BN": 32}), (79, {})], ids=str
+)
+@given
+@in_settings([(ONE_HEAD, 100)])
+def test_blocks_of_which_all_is_seen(setting: Setting, time: int, everything: bool, window: int, tiles: dict[str, int]) -> None:
+    """Windows of several tiles that end on a tile's border and beside it, documents that begin a key into a tile and at a tile's last
+    query; gates by which the farthest key counts as much as the nearest."""
+    drawn = draw(setting, time, window, everything, "near 1")
+    if drawn.reset is not None:
+        begins = torch.tensor([16 + (2 - window) % 16, 79])  # keys begin W − 1 tokens earlier
+        drawn.reset.copy_(torch.isin(torch.arange(time), begins))
+    with overridden(**small_tiles(**tiles)):
+        assert_equal_to_the_loop(setting, drawn)
 
 
 @pytest.mark.parametrize("window", [128, 600, 5000])
@@ -279,6 +297,21 @@ def test_neither_later_nor_outlived_tokens_count(setting: Setting, time: int) ->
     assert changed[at : at + window].all()
     assert not changed[:at].any()
     assert_same(after[:, at + window :], before[:, at + window :], torch.float32 if setting.dtype == torch.float64 else None)
+
+
+@pytest.mark.parametrize("group", [16, 128])
+@in_settings([(INTERPRETED, 1), (INTERPRETED, 131_072 - 5), (GPU, 7), (GPU, 131_072 - 5)])
+def test_sums_of_decays_keep_their_differences(setting: Setting, time: int, group: int) -> None:
+    """Sums down to -10^5, in float64; since a group's first token in fp32, exactly rounded but for float64's own rounding."""
+    log_alpha = -torch.rand(2, time, 3, device=setting.device)[..., 1:]
+    c, local = launch_decays(log_alpha, group)
+    expected = pytorch.log_decays(log_alpha) / math.log(2)
+    assert_same(c, expected, limit=1e-14)
+    assert local.shape[-1] % group == 0
+    starts = expected[..., torch.arange(time, device=setting.device) // group * group]
+    assert_same(local[..., :time], expected - starts, limit=1e-7)
+    assert (local[..., :time:group] == 0).all()
+    assert local.isfinite().all()
 
 
 @in_settings([(CPU_LOW[0], 30), (INTERPRETED, 37), (GPU, 700)])

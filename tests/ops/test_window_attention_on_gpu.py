@@ -14,7 +14,7 @@ from window import draw, recorded_arguments
 from mmrec.ops import window_attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
-KERNELS = {"forward_kernel", "queries_kernel", "keys_kernel"}
+KERNELS = {"decays_kernel", "forward_kernel", "queries_kernel", "keys_kernel"}
 
 
 @pytest.mark.parametrize("everything", [True, False])

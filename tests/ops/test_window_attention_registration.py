@@ -13,10 +13,11 @@ from torch import Tensor
 from window import ONE_HEAD, draw, given, recorded_arguments
 
 from mmrec.ops import WindowState, sums, window_attention
-from mmrec.ops.window_attention import launchers
+from mmrec.ops.window_attention import decays, launchers
 from mmrec.ops.window_attention import operator as window_operator
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+KERNELS = ["decays_kernel", "forward_kernel", "decays_kernel", "queries_kernel", "keys_kernel"]
 
 
 @given
@@ -67,7 +68,8 @@ def recorded_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         launched.append(kernel.__name__ if hasattr(kernel, "__name__") else kernel.fn.__name__)
         right(kernel, *rest)
 
-    monkeypatch.setattr(launchers, "launch", noted)
+    for module in (decays, launchers):
+        monkeypatch.setattr(module, "launch", noted)
     return launched
 
 
@@ -76,7 +78,7 @@ def test_kernels_run_where_they_should(setting: Setting, time: int, monkeypatch:
     launched = recorded_kernels(monkeypatch)
     drawn = draw(setting, time, 7)
     gradients(drawn.of(window_attention), drawn.inputs, drawn.reset)
-    assert launched == (["forward_kernel", "queries_kernel", "keys_kernel"] if setting in (INTERPRETED, GPU) else [])
+    assert launched == (KERNELS if setting in (INTERPRETED, GPU) else [])
     launched.clear()
     gradients(drawn.of(window_attention), in_float64(drawn.inputs), drawn.reset)
     assert not launched
@@ -141,12 +143,13 @@ def test_kernels_compile_and_fit(
     found: list[Any] = []
     monkeypatch.setattr(window_operator, "runs_kernel", lambda *_: True)
     monkeypatch.setattr(sums, "launch", lambda *_: None)
-    monkeypatch.setattr(launchers, "launch", lambda kernel, tensors, prepare, *_: found.append((kernel, tensors, prepare())))
+    for module in (decays, launchers):
+        monkeypatch.setattr(module, "launch", lambda kernel, tensors, prepare, *_: found.append((kernel, tensors, prepare())))
     setting = Setting("any", dtype, sizes={"B": 2, "H": 2, "K": key_width, "V": value_width})
     for time in (1, 300):
         drawn = draw(setting, time, 200, everything)
         gradients(drawn.of(window_attention), drawn.inputs, drawn.reset)
-    assert [kernel.__name__ for kernel, *_ in found] == ["forward_kernel", "queries_kernel", "keys_kernel"] * 2
+    assert [kernel.__name__ for kernel, *_ in found] == KERNELS * 2
     for kernel, tensors, call in found:
         shared = compiled_for(architecture, kernel, (*tensors, *call.numbers), call.named).metadata.shared
         if architecture < 90 and shared > SHARED_MEMORY[architecture]:

@@ -7,7 +7,7 @@ base 2: what enters them is multiplied by log2(e).
 import triton
 import triton.language as tl
 
-from mmrec.ops.memory_scan.kernels import load_rows, locate, store_rows
+from mmrec.ops.memory_scan.kernels import load_rows, locate, store_rows, wide
 from mmrec.ops.primitives import LOG2E
 
 
@@ -18,17 +18,36 @@ def first_visible(first_ptr, row, past, window, T):
 
 
 @triton.jit
-def load_decays(c_ptr, token, anchor, S):
-    """Log-decays from the anchor to each token. Subtracted in fp64, as the sums grow with the sequence and only differences count."""
-    return ((tl.load(c_ptr + token, mask=token < S, other=0.0) - anchor) * LOG2E).to(tl.float32)
+def group_sum(c_ptr, token, G: tl.constexpr):
+    """The float64 sum at the first token of a token's group, where the group's fp32 ones begin. A tile lies within one."""
+    return tl.load(c_ptr + token // G * G)
 
 
 @triton.jit
-def scores_of(products, temperature, c_query, c_key, token, first, key):
-    """Scores in base 2, −∞ where a query does not see a key; all but `temperature` of two dimensions, whichever of them are the queries."""
-    visible = (key <= token) & (key >= first)
-    # Masked before the exponential: on the other side of the diagonal it would overflow.
-    return tl.where(visible, products * temperature + (c_query - c_key), float("-inf"))
+def own_decays(c_ptr, token, anchor, S):
+    """Log-decays from the anchor to each query of a program. Subtracted in float64: the sums grow, and only their differences count."""
+    return (tl.load(c_ptr + token, mask=token < S, other=0.0) - anchor).to(tl.float32)
+
+
+@triton.jit
+def row_pointers(ptr, stride_row, stride_column, column0, R: tl.constexpr, W: tl.constexpr):
+    """Where a matrix's first R rows lie, from column `column0` on."""
+    columns = column0 + tl.arange(0, W).to(tl.int64)
+    return ptr + tl.arange(0, R).to(tl.int64)[:, None] * stride_row + columns[None, :] * stride_column
+
+
+@triton.jit
+def load_tile(pointers, row0, stride_row, limit, column0, WIDTH: tl.constexpr, R: tl.constexpr, W: tl.constexpr, CUT: tl.constexpr):
+    """(R, W) elements from row `row0` on, zeros outside; only those of a CUT tile may reach the limit of the rows."""
+    pointers += wide(row0) * stride_row
+    inside = (column0 + tl.arange(0, W) < WIDTH)[None, :]
+    if CUT:
+        tile = tl.load(pointers, mask=inside & (row0 + tl.arange(0, R) < limit)[:, None], other=0.0)
+    elif WIDTH % W:
+        tile = tl.load(pointers, mask=inside, other=0.0)
+    else:
+        tile = tl.load(pointers)
+    return tile
 
 
 @triton.jit
@@ -64,10 +83,78 @@ def inner_products(
 
 
 @triton.jit
-def begin_of_keys(first_ptr, row, past, window, BN: tl.constexpr):
-    """Where the walk over the keys begins of queries from `row` on: what later ones see begins later."""
-    begin = tl.maximum(past + row - (window - 1), 0) if first_ptr is None else tl.load(first_ptr + row)
-    return begin // BN * BN
+def walk_over_keys(first_ptr, row0, past, window, T, S, BM: tl.constexpr, BN: tl.constexpr):
+    """Of the queries from `row0` on: the first block of keys that one of them sees, the end of their own, and where what all see begins.
+
+    What later queries see begins later.
+    """
+    if first_ptr is None:
+        begin = tl.maximum(past + row0 - (window - 1), 0)
+        seen_by_all = past + row0 + BM - window
+    else:
+        begin = tl.load(first_ptr + row0)
+        seen_by_all = tl.load(first_ptr + tl.minimum(row0 + BM, T) - 1)
+    return begin // BN * BN, tl.minimum(past + row0 + BM, S), seen_by_all
+
+
+@triton.jit
+def _read_block(
+    largest,
+    total,
+    r,
+    n0,
+    q,
+    c_query,
+    token,
+    first,
+    anchor,
+    whole_begin,
+    whole_end,
+    temperature,
+    k_pointers,
+    v_pointers,
+    q_ptr,
+    k_ptr,
+    c_ptr,
+    local_ptr,
+    row0,
+    q_stride_t,
+    q_stride_k,
+    k_stride_t,
+    k_stride_k,
+    v_stride_t,
+    v0,
+    T,
+    S,
+    K: tl.constexpr,
+    V: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+    G: tl.constexpr,
+    DOT: tl.constexpr,
+    CUT: tl.constexpr,
+):
+    """A step of the online softmax over the keys from `n0` on: the largest scores so far, the sums of weights and the read-out."""
+    k = load_tile(k_pointers, n0, k_stride_t, S, 0, K, BN, BK, CUT).to(DOT)
+    v = load_tile(v_pointers, n0, v_stride_t, S, v0, V, BN, BV, CUT).to(DOT)
+    c_key = tl.load(local_ptr + n0 + tl.arange(0, BN))
+    distance = (group_sum(c_ptr, n0, G) - anchor).to(tl.float32)
+    products = inner_products(q, k, q_ptr, k_ptr, row0, n0, q_stride_t, q_stride_k, k_stride_t, k_stride_k, T, S, K, BM, BN, BK, DOT)
+    # What a query's scores have in common, its own decay, waits for the exponent.
+    scores = products * temperature - c_key[None, :]
+    shift = c_query - distance
+    if (n0 < whole_begin) | (n0 + BN > whole_end):
+        key = n0 + tl.arange(0, BN)
+        visible = (key[None, :] <= token[:, None]) & (key[None, :] >= first[:, None])
+        # Masked before the exponential: on the other side of the diagonal it would overflow.
+        scores = tl.where(visible, products * temperature + (shift[:, None] - c_key[None, :]), float("-inf"))
+        shift = tl.zeros((BM,), tl.float32)
+    larger = tl.maximum(largest, tl.max(scores, 1) + shift)
+    shrunk = tl.exp2(largest - larger)
+    p = tl.exp2(scores + (shift - larger)[:, None])
+    return larger, total * shrunk + tl.sum(p, 1), tl.dot(p.to(DOT), v, r * shrunk[:, None], input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["T", "S", "window"])
@@ -76,6 +163,7 @@ def forward_kernel(
     k_ptr,
     v_ptr,
     c_ptr,
+    local_ptr,
     temperature_ptr,
     first_ptr,
     r_ptr,
@@ -97,6 +185,7 @@ def forward_kernel(
     r_stride_t,
     r_stride_h,
     r_stride_v,
+    local_stride,
     T,
     S,
     H,
@@ -107,6 +196,7 @@ def forward_kernel(
     BN: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
+    G: tl.constexpr,
     DOT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -120,35 +210,37 @@ def forward_kernel(
     k_ptr += batch * k_stride_b + head * k_stride_h
     v_ptr += batch * v_stride_b + head * v_stride_h
     c_ptr += batch_head * S
+    local_ptr += batch_head * local_stride
     if first_ptr is not None:
         first_ptr += batch * T
     temperature = tl.load(temperature_ptr + head * temperature_stride_h).to(tl.float32) * LOG2E
 
     row = row0 + tl.arange(0, BM)
+    token = past + row
     first = first_visible(first_ptr, row, past, window, T)
-    anchor = tl.load(c_ptr + past + row0)
-    c_query = load_decays(c_ptr, past + row, anchor, S)
+    anchor = group_sum(c_ptr, past + row0, G)
+    c_query = own_decays(c_ptr, token, anchor, S)
     q = load_rows(q_ptr, row0, q_stride_t, q_stride_k, T, 0, K, BM, BK).to(DOT)
+    k_pointers = row_pointers(k_ptr, k_stride_t, k_stride_k, 0, BN, BK)
+    v_pointers = row_pointers(v_ptr, v_stride_t, v_stride_v, v0, BN, BV)
+    begin, end, whole_begin = walk_over_keys(first_ptr, row0, past, window, T, S, BM, BN)
+    whole_end = past + row0 + 1
     # Finite, so that a query that sees nothing of a block has differences.
     largest = tl.full((BM,), -1e30, tl.float32)
     total = tl.zeros((BM,), tl.float32)
     r = tl.zeros((BM, BV), tl.float32)
-    for n0 in tl.range(begin_of_keys(first_ptr, row0, past, window, BN), tl.minimum(past + row0 + BM, S), BN, num_stages=STAGES):
-        key = n0 + tl.arange(0, BN)
-        k = load_rows(k_ptr, n0, k_stride_t, k_stride_k, S, 0, K, BN, BK).to(DOT)
-        v = load_rows(v_ptr, n0, v_stride_t, v_stride_v, S, v0, V, BN, BV).to(DOT)
-        products = inner_products(q, k, q_ptr, k_ptr, row0, n0, q_stride_t, q_stride_k, k_stride_t, k_stride_k, T, S, K, BM, BN, BK, DOT)
-        c_key = load_decays(c_ptr, key, anchor, S)
-        scores = scores_of(products, temperature, c_query[:, None], c_key[None, :], (past + row)[:, None], first[:, None], key[None, :])
-        larger = tl.maximum(largest, tl.max(scores, 1))
-        shrunk = tl.exp2(largest - larger)
-        p = tl.exp2(scores - larger[:, None])
-        total = total * shrunk + tl.sum(p, 1)
-        r = tl.dot(p.to(DOT), v, r * shrunk[:, None], input_precision="ieee")
-        largest = larger
+    cut = S // BN * BN
+    operands = (
+        q, c_query, token, first, anchor, whole_begin, whole_end, temperature, k_pointers, v_pointers, q_ptr, k_ptr, c_ptr, local_ptr,
+        row0, q_stride_t, q_stride_k, k_stride_t, k_stride_k, v_stride_t, v0, T, S,
+    )  # fmt: skip
+    for n0 in tl.range(begin, tl.minimum(end, cut), BN, num_stages=STAGES):
+        largest, total, r = _read_block(largest, total, r, n0, *operands, K, V, BM, BN, BK, BV, G, DOT, False)
+    if end > cut:
+        largest, total, r = _read_block(largest, total, r, cut, *operands, K, V, BM, BN, BK, BV, G, DOT, True)
 
     r_ptr += batch * r_stride_b + head * r_stride_h
     total = tl.where(row < T, total, 1.0)  # rows past the end may have seen nothing
-    store_rows(r_ptr, r / total[:, None], row0, r_stride_t, r_stride_v, T, v0, V, BM, BV)
+    store_rows(r_ptr, r * (1.0 / total)[:, None], row0, r_stride_t, r_stride_v, T, v0, V, BM, BV)
     if v0 == 0:
         tl.store(lse_ptr + batch_head * T + row, (largest + tl.log2(total)) / LOG2E, mask=row < T)

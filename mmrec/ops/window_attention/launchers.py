@@ -11,9 +11,11 @@ from mmrec.ops.memory_scan.launchers import covering, head_width
 from mmrec.ops.registration import INTERPRETED
 from mmrec.ops.sums import add_parts
 from mmrec.ops.tuning import launch_options
+from mmrec.ops.window_attention.decays import launch_decays
 from mmrec.ops.window_attention.kernels import forward_kernel
-from mmrec.ops.window_attention.kernels_backward import keys_kernel, queries_kernel
-from mmrec.ops.window_attention.pytorch import decay_gradients, log_decays
+from mmrec.ops.window_attention.kernels_keys import keys_kernel
+from mmrec.ops.window_attention.kernels_queries import queries_kernel
+from mmrec.ops.window_attention.pytorch import decay_gradients
 
 
 class _Call:
@@ -59,14 +61,16 @@ def launch_forward(
     r = torch.empty((*q.shape[:3], call.V), dtype=v.dtype, device=v.device)
     lse = call.numbers_of(call.batch, call.heads, call.time)
 
+    constants = call.constants("forward")
+    c, local = launch_decays(log_alpha, max(constants["BM"], constants["BN"]))
+
     def prepare() -> Call:
-        constants = call.constants("forward")
         grid = (blocks(call.V, constants["BV"]) * blocks(call.time, constants["BM"]) * call.batch * call.heads,)
-        numbers = (*q.stride(), *k.stride(), *v.stride(), *temperature.stride(), *r.stride(), *call.sizes())
-        return Call(grid, numbers, constants)
+        numbers = (*q.stride(), *k.stride(), *v.stride(), *temperature.stride(), *r.stride(), local.shape[-1], *call.sizes())
+        return Call(grid, numbers, constants | {"G": max(constants["BM"], constants["BN"])})
 
     first = None if first is None else first.contiguous()
-    launch(forward_kernel, (q, k, v, log_decays(log_alpha), temperature, first, r, lse), prepare, *call.key)
+    launch(forward_kernel, (q, k, v, c, local, temperature, first, r, lse), prepare, *call.key)
     return r, lse
 
 
@@ -89,34 +93,43 @@ def launch_backward(
 ) -> None:
     """Gradients into the five given tensors, of any strides and dtypes."""
     call = _Call(q, k, v, window, (q, k, v, dr))
-    c, lse = log_decays(log_alpha), lse.contiguous()
+    lse = lse.contiguous()
     first = None if first is None else first.contiguous()
-    delta, others = (call.numbers_of(call.batch, call.heads, call.time) for _ in range(2))
+    others = call.numbers_of(call.batch, call.heads, call.time)
     later = call.numbers_of(call.batch, call.heads, call.length)
     of_queries, of_keys = call.constants("queries"), call.constants("keys")
-    query_blocks = blocks(call.time, of_queries["BM"])
-    parts = call.numbers_of(call.batch * query_blocks, call.heads)
+    group = {"G": max(options[tile] for options in (of_queries, of_keys) for tile in ("BM", "BN"))}
+    c, local = launch_decays(log_alpha, group["G"])
+    # Rows of whole tiles: each of them is read in vectors.
+    padded = blocks(call.time, of_keys["BM"]) * of_keys["BM"]
+    delta, shift = (call.numbers_of(call.batch, call.heads, padded) for _ in range(2))
+    query_blocks, k_blocks = blocks(call.time, of_queries["BM"]), blocks(call.K, of_queries["BK"])
+    parts = call.numbers_of(call.batch * query_blocks * k_blocks, call.heads)
 
     def queries() -> Call:
-        grid = (blocks(call.K, of_queries["BK"]) * query_blocks * call.batch * call.heads,)
+        grid = (k_blocks * query_blocks * call.batch * call.heads,)
         inputs = (*q.stride(), *k.stride(), *v.stride(), *dr.stride(), *r.stride(), *temperature.stride())
-        return Call(grid, (*inputs, *dq.stride(), *call.sizes()), of_queries)
+        return Call(grid, (*inputs, *dq.stride(), local.shape[-1], padded, *call.sizes()), of_queries | group)
 
     def keys() -> Call:
         shares = max(blocks(call.K, of_keys["BK"]), blocks(call.V, of_keys["BV"]))
         grid = (shares * blocks(call.length, of_keys["BN"]) * call.batch * call.heads,)
         inputs = (*q.stride(), *k.stride(), *v.stride(), *dr.stride(), *temperature.stride())
-        return Call(grid, (*inputs, *dk.stride(), *dv.stride(), *call.sizes()), of_keys | {"PARTS": shares})
+        return Call(grid, (*inputs, *dk.stride(), *dv.stride(), padded, *call.sizes()), of_keys | group | {"PARTS": shares})
 
-    tensors = (q, k, v, dr, r, c, temperature, first, lse, dq, delta, others, parts)
+    tensors = (q, k, v, dr, r, c, local, temperature, first, lse, dq, delta, others, shift, parts)
     launch(queries_kernel, tensors, queries, *call.key)
-    end = None if first is None else _end_of_queries(first, call.length, of_keys["BN"])
-    launch(keys_kernel, (q, k, v, dr, c, temperature, first, end, lse, delta, others, dk, dv, later), keys, *call.key)
+    ends = None if first is None else _ends_of_queries(first, call.length, of_keys["BN"])
+    launch(keys_kernel, (q, k, v, dr, c, temperature, first, ends, shift, delta, others, dk, dv, later), keys, *call.key)
     add_parts(parts, dtemperature)
     dlog_alpha.copy_(decay_gradients(others, later))
 
 
-def _end_of_queries(first: Tensor, length: int, block: int) -> Tensor:
-    """(B, N) int32: the query after the last that sees a key of each block; what later queries see never begins earlier."""
-    last = torch.arange(block - 1, length + block - 1, block, dtype=torch.int32, device=first.device)
-    return torch.searchsorted(first, last.expand(first.shape[0], -1).contiguous(), right=True, out_int32=True)
+def _ends_of_queries(first: Tensor, length: int, block: int) -> Tensor:
+    """(B, 2, N) int32: the query after the last that sees a key of each block, and after the last that sees its first.
+
+    What later queries see never begins earlier.
+    """
+    begin = torch.arange(0, length, block, dtype=torch.int32, device=first.device)
+    bounds = torch.cat([begin + (block - 1), begin]).expand(first.shape[0], -1).contiguous()
+    return torch.searchsorted(first, bounds, right=True, out_int32=True)
