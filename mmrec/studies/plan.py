@@ -202,5 +202,5 @@ def quick(study: Study, folder: Path) -> Study:
         validations=6,
         final_batches=8,
         options=study.options | options,
-        baseline_options={f"baseline.{name}": size for name, size in sizes.items()},
+        baseline_options={"model.compile_blocks": False} | {f"baseline.{name}": size for name, size in sizes.items()},
     )
