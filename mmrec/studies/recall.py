@@ -49,7 +49,7 @@ class RecallStudy:
     arms: tuple[str, ...] = (DEFAULT, "transformer++")
     widths: tuple[int, ...] = (64, 128, 256, 512)
     head_widths: tuple[int, ...] = (64, 128, 256)
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-3, 1e-2)
     seeds: tuple[int, ...] = (0,)
     steps: int = 10_000
     batch: int = 64
