@@ -21,7 +21,7 @@ from mmrec.model import MMRecModel
 
 Row = dict[str, Any]
 GIB = 2**30
-LAYERS = (2, 6)  # of the networks from which the planning projections' cost a layer is taken
+LAYERS = (3, 6)  # of the networks from which the planning projections' cost a layer is taken: of three, one has a window
 
 
 class RandomTokens(IterableDataset):
