@@ -196,9 +196,11 @@ class RecallDataModule(PackedDataModule):
         for name in ("train_examples", "validation_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        judged, *learned = self._tasks()
+        judged.check()
         if not self.train_pairs or any(type(count) is not int or count < 1 for count in self.train_pairs):
             raise ValueError(f"data.train_pairs={self.train_pairs} must be whole numbers of at least 1, or null for num_pairs")
-        for task in self._tasks():
+        for task in learned:
             task.check()
 
     def prepare_data(self) -> None:
