@@ -59,6 +59,7 @@ def common(case: Case, batch: int, where: torch.device, limit: float | None) -> 
         "params_m": None,
         "uboo": ours and network.use_uboo,
         "hem": ours and network.use_hem,
+        "windows": network.num_windows if ours else 0,
         "B": batch,
         "T": case.seq_len,
         "accumulate": case.accumulate,
