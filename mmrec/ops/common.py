@@ -1,4 +1,4 @@
-"""What the operators share: state dtype, input checks, a state in front of a sequence, and the two sequential recurrences of the PyTorch forms."""
+"""What the operators share: state dtype, input checks, a state before a sequence, the two sequential recurrences of the PyTorch forms."""
 
 import torch
 from torch import Tensor
