@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 RUN = $(VENV)/bin/python -m
 
-.PHONY: install fit test lint test-gpu bench docs clean
+.PHONY: install fit test lint test-oldest-triton test-gpu bench docs clean
 
 install: $(VENV)/installed
 
@@ -27,6 +27,11 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
+
+# What a newer compiler takes an older one may refuse: the kernels once more, with the oldest Triton that pyproject.toml allows.
+test-oldest-triton: install
+	$(RUN) pip install --quiet --disable-pip-version-check --no-deps --upgrade --target build/oldest-triton triton==3.6.0
+	OMP_NUM_THREADS=1 PYTHONPATH=build/oldest-triton $(RUN) pytest -n $(JOBS) -k "kernel and compile" tests/ops tests/decoding
 
 test-gpu: install
 	$(RUN) pytest -m gpu

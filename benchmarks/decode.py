@@ -70,7 +70,7 @@ class Run:
     def add(self, what: str, **values: Any) -> Row:
         """Keep a row, print it, write all."""
         config = self.model.config
-        sizes = {"D": config.model_dim, "H": config.heads, "L": config.num_layers}
+        sizes = {"D": config.model_dim, "H": config.heads, "L": config.num_layers, "windows": config.num_windows}
         row = {"what": what} | values | sizes | {"copy_tbps": self.copy_tbps, **machine(self.where), **self.told}
         self.rows.append(row)
         write_rows(self.output, self.rows)

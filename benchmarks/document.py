@@ -20,7 +20,10 @@ from mmrec.nearest import did_you_mean, nearest_name
 
 TEMPLATE = ROOT / "docs" / "performance_and_dependencies.template.md"
 DOCUMENT = ROOT / "docs" / "PERFORMANCE_AND_DEPENDENCIES.md"
-MODULES = ("document_environment", "document_hem", "document_operators", "document_state", "document_study", "document_training")
+MODULES = (
+    "document_environment", "document_hem", "document_operators", "document_recall", "document_state", "document_study",
+    "document_training",
+)  # fmt: skip
 MARKER = re.compile(r"^<!-- table: (?P<name>\S+) -->$", re.MULTILINE)
 HEADER = "<!-- Made by `make docs` from performance_and_dependencies.template.md and benchmarks/results; edit those. -->\n"
 

@@ -7,6 +7,7 @@ from document_sources import Measured, Results, Row, Source, values
 
 UNKNOWN = "–"
 ASKED_FOR = "A100"  # the GPU that the founding document asks for
+OF_NETWORKS = ("hem_", "benchmark_results_", "train_step_", "decode_")
 Table = Callable[[Results], str]
 TABLES: dict[str, Table] = {}
 
@@ -85,10 +86,13 @@ def measured_caption(measured: Measured, rows: Sequence[Row], command: str | Seq
     place = f"Measured on {told['gpu']} with torch {told['torch']} and Triton {told['triton']}, {told['date']}"
     other = stands_in and ASKED_FOR not in told["gpu"]
     instead = f"; it stands in for the {ASKED_FOR} 80 GB that the founding document asks for" if other else ""
+    # Rows of networks say how many windows these have; when none had any they did not.
+    before = measured.path.name.startswith(OF_NETWORKS) and any("windows" not in row for row in rows)
+    of_what = " Of networks without windows, as they were then." if before else ""
     commands = values(rows, "command") or ([command] if isinstance(command, str) else command)
     # Wherever it was written to then, `make docs` reads it here.
     written = ", ".join("`" + re.sub(r"--output \S+", f"--output benchmarks/results/{measured.path.name}", one) + "`" for one in commands)
-    return f"{place}{instead}. [{measured.path.name}](../benchmarks/results/{measured.path.name}), written by {written}."
+    return f"{place}{instead}.{of_what} [{measured.path.name}](../benchmarks/results/{measured.path.name}), written by {written}."
 
 
 def owed_caption(source: Source, command: str | None = None) -> str:

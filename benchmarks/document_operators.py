@@ -38,8 +38,7 @@ def _shape(row: Row) -> str:
     heads = f"H {row['H']} × {row['K']}" if row.get("H") else f"D {row.get('D')}"
     if row.get("P") not in (None, row.get("D")):
         heads += f", P {row['P']}"
-    if row.get("W"):
-        heads += f", W {row['W']}"
+    heads += "".join(f", {name} {row[name]}" for name in "WJ" if row.get(name))
     sums = f", {row['accum_dtype']} sums" if row.get("accum_dtype") else ""
     return f"B {row.get('B')} × T {row.get('T')}, {heads}, {row.get('dtype')}{sums}{', document starts' if row.get('reset') else ''}"
 

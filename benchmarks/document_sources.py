@@ -55,7 +55,12 @@ TRAINING = Source("train_step_*.json", "python benchmarks/train_step.py")
 DECODING = Source("decode_*.json", "python benchmarks/decode.py", "decode_tiles", setting=OF_7B)
 OPERATORS = Source("ops_*.json", "python benchmarks/operators.py", owed=False)
 STUDY = Source("convergence_*.json", "python -m mmrec.scripts.train_uboo_test")
-SOURCES = (HEM, NETWORK, TRAINING, DECODING, OPERATORS, STUDY)
+RECALL = Source("recall_*.json", "python -m mmrec.scripts.recall_curve --output benchmarks/results/recall_<gpu>.json")
+LENGTH = Source(
+    "length_*.json",
+    "python -m mmrec.scripts.length_curve --books 'books/validation.*.jsonl.xz' --output benchmarks/results/length_<gpu>.json",
+)
+SOURCES = (HEM, NETWORK, TRAINING, DECODING, OPERATORS, STUDY, RECALL, LENGTH)
 
 
 class Measured(NamedTuple):

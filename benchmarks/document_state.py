@@ -7,8 +7,11 @@ from document_markdown import UNKNOWN, captioned, change, change_of_times, markd
 from document_sources import (
     DECODING,
     HEM,
+    LENGTH,
     NETWORK,
     OPERATORS,
+    RECALL,
+    SOURCES,
     STUDY,
     TRAINING,
     Measured,
@@ -37,7 +40,7 @@ def _owed(source: Source) -> str:
 @table
 def state(results: Results) -> str:
     """What is measured, what is owed."""
-    found = {source: results.of(source) for source in (HEM, STUDY, TRAINING, NETWORK, DECODING, OPERATORS)}
+    found = {source: results.of(source) for source in SOURCES}
 
     def line(section: str, source: Source, owed: str = "") -> list[str]:
         measured = found[source]
@@ -46,7 +49,12 @@ def state(results: Results) -> str:
         return [section, _place(measured), owed or UNKNOWN]
 
     hem, training = found[HEM], found[TRAINING]
-    lines = [line("1.1 HEM", HEM, "; ".join(_hem_owed(hem.rows)) if hem else ""), line("1.2.1 UBÖO, convergence", STUDY)]
+    lines = [
+        line("1.1 HEM", HEM, "; ".join(_hem_owed(hem.rows)) if hem else ""),
+        line("1.2.1 UBÖO, convergence", STUDY),
+        line("1.2.1 Recall", RECALL),
+        line("1.2.1 Long texts", LENGTH),
+    ]
     planning = training is not None and all(uboo_rows(training.rows))
     lines.append(["1.2.2 UBÖO, memory", _place(training) if training and planning else UNKNOWN, UNKNOWN if planning else f"`{UBOO_7B[0]}`"])
     cases = owed_cases(training).removeprefix("Not measured yet: ").partition(": ")[0] if training else ""

@@ -14,6 +14,13 @@ METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
     ("Variance of the training loss, detrended", "−40 … −50 %", ".5f", lambda row: row.get("loss_variance")),
     ("Peak memory, GiB", "+8 … +10 %", ".2f", lambda row: row.get("peak_gib")),
 )
+# What is seen of the auxiliary gradient and of the target at the end of a run, with the rows' names and forms.
+DIAGNOSES = {
+    "angle to the main gradient, cosine": ("grad_cosine", "+.2f"),
+    "its norm, of the main one's": ("grad_norm_ratio", ".1e"),
+    "variance of the target": ("target_variance", ".1e"),
+    "peak GiB": ("peak_gib", ".2f"),
+}
 
 
 def mean_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float | None:
@@ -73,15 +80,18 @@ def uboo_variants(results: Results) -> str:
     if measured is None:
         return captioned("", owed_caption(STUDY))
     off = mean_of([row for row in rows if row.get("uboo") == "off"], lambda row: row.get("val_loss"))
-    lines = []
+    arms = []
     for (uboo, variant, orthogonalize, lambda_p), found in groups(
         rows, lambda row: tuple(row.get(key) for key in ("uboo", "variant", "orthogonalize", "lambda_P"))
     ):
         loss = mean_of(found, lambda row: row.get("val_loss"))
         apart = UNKNOWN if loss is None or off is None else f"{loss - off:+.4f}"
         settings = [str(value if value is not None else UNKNOWN) for value in (variant, uboo, orthogonalize, lambda_p)]
-        lines.append([*settings, over_seeds(found, lambda row: row.get("val_loss"), ".4f"), apart])
-    titles = ("variant", "UBÖO", "orthogonalize", "λ_P", "validation loss, nats", "against off")
+        seen = [cell(mean_of(found, lambda row, key=key: row.get(key)), form) for key, form in DIAGNOSES.values()]
+        losses = [over_seeds(found, lambda row, key=key: row.get(key), ".4f") for key in ("val_loss", "val_loss_c4")]
+        arms.append((math.inf if loss is None else loss, [*settings, losses[0], apart, losses[1], *seen]))
+    titles = ("variant", "UBÖO", "orthogonalize", "λ_P", "validation loss, nats", "against off", "on C4", *DIAGNOSES)
+    lines = [line for _, line in sorted(arms, key=lambda arm: arm[0])]
     return captioned(markdown(titles, lines), measured_caption(measured, rows, STUDY.command))
 
 

@@ -14,6 +14,7 @@ from mmrec.ops.exp_product_scan import exp_product_scan_naive
 from mmrec.ops.gated_scan import gated_scan_naive
 from mmrec.ops.linear_scan import linear_scan_naive
 from mmrec.ops.memory_scan import memory_scan_naive
+from mmrec.ops.short_convolution import short_convolution_naive
 from mmrec.ops.window_attention import WindowState, window_attention_naive
 
 # Ranges of log-decays. "spread": time constants of 2 … 2048 tokens, log-uniform, as the network starts.
@@ -31,7 +32,7 @@ def name_of(dtype: torch.dtype) -> str:
 class Shape:
     """Sizes of one call. `D` counts all channels: H·K where there are heads, whose key and value widths are equal.
 
-    `P` is gated_scan's, `W` the window of window_attention.
+    `P` is gated_scan's, `W` the window of window_attention, `J` the taps of short_convolution.
     """
 
     B: int
@@ -40,6 +41,7 @@ class Shape:
     H: int | None = None
     P: int | None = None
     W: int | None = None
+    J: int | None = None
 
     @property
     def K(self) -> int:
@@ -48,7 +50,8 @@ class Shape:
 
     def __str__(self) -> str:
         channels = f"H{self.H}×{self.K}" if self.H else f"D{self.D}"
-        return f"B{self.B} T{self.T} {channels}" + (f" P{self.P}" if self.P else "") + (f" W{self.W}" if self.W else "")
+        others = "".join(f" {name}{size}" for name, size in (("P", self.P), ("W", self.W), ("J", self.J)) if size)
+        return f"B{self.B} T{self.T} {channels}{others}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Operator:
         exact: the same function, called with float64 inputs only: the PyTorch form, which the truth is taken from.
         naive: the plain loop, which the truth is itself compared with.
         sequence: inputs with a time dimension, in the order of the signature.
-        gate: the one of them that holds log-decays.
+        gate: the input that has the gates' dtype: log-decays; of a convolution the gains.
         constant: inputs without batch and time.
         state: name of the initial state.
         backward_reads: inputs, and "output" for the forward's first output, that the backward mathematically needs.
@@ -126,6 +129,10 @@ OPERATORS = {
             partial(_window_attention, window_attention_naive), ("q", "k", "v", "log_alpha"), "log_alpha", "W0",
             ("q", "k", "v", "log_alpha", "temperature", "output", "W0", "reset"), constant=("temperature",),
         ),
+        Operator(
+            "short_convolution", ops.short_convolution, ops.short_convolution, short_convolution_naive, ("x",), "weight", "state",
+            ("x", "weight", "state", "reset"), constant=("weight",),
+        ),
     )
 }  # fmt: skip
 
@@ -135,7 +142,8 @@ def tail_shape(operator: Operator, name: str, shape: Shape) -> tuple[int, ...]:
     if shape.H:
         sizes = {"log_alpha": (shape.H,), "temperature": (shape.H,), "M0": (shape.H, shape.K, shape.K)}
         return ((shape.W or 1) - 1, shape.H, 2 * shape.K + 1) if name == "W0" else sizes.get(name, (shape.H, shape.K))
-    return (shape.P or shape.D,) if name == "p" else (shape.D,)
+    sizes = {"p": (shape.P or shape.D,), "weight": (shape.D, shape.J or 1), "state": ((shape.J or 1) - 1, shape.D)}
+    return sizes.get(name, (shape.D,))
 
 
 def log_decays(size: Sequence[int], gates: str, device: torch.device) -> Tensor:
@@ -181,6 +189,8 @@ def draw(
         size = tail_shape(operator, name, shape)
         # A window's temperature makes scores of order 1, as a network's are.
         inputs[name] = (0.5 + torch.rand(size, device=device)) * shape.K**0.5 if shape.W else 0.5 * torch.randn(size, device=device)
+        if name == operator.gate:
+            inputs[name] = inputs[name].to(gate_dtype)
     if slope is not None:
         sign = torch.randn(shape.D, device=device).sign()
         inputs["z"] = (sign * (0.5 + 0.5 * torch.rand(sizes["z"], device=device))).to(dtype)
@@ -193,6 +203,8 @@ def draw(
             inputs["W0"][..., : shape.K] *= shape.K**-0.5
             inputs["W0"] = inputs["W0"].to(dtype).float()
             inputs["W0"][..., -1] = log_decays((shape.B, shape.W - 1, shape.H or 1), gates, device)
+        if shape.J:  # tokens that were read
+            inputs["state"] = inputs["state"].to(dtype).float()
     if shape.W:
         inputs["window"] = torch.tensor(shape.W)
     if reset and operator.has_reset:
@@ -256,7 +268,8 @@ def channel_slice(operator: Operator, shape: Shape, first: int) -> tuple[dict[st
     begin = first * width
     channels = lambda t: t[..., begin : begin + width]  # noqa: E731
     cuts = dict.fromkeys((*operator.sequence, *operator.constant, operator.state), channels)
-    return cuts | {"p": lambda t: t[..., begin // group : (begin + width) // group]}, channels
+    others = {"p": lambda t: t[..., begin // group : (begin + width) // group], "weight": lambda t: t[begin : begin + width]}
+    return cuts | others, channels
 
 
 def slices(operator: Operator, shape: Shape) -> int:
@@ -272,9 +285,10 @@ def moved_bytes(operator: Operator, inputs: dict[str, Tensor], outputs: Sequence
     Forward: every input read once, every output (the last state too) written once. Forward+backward adds the cotangent of the first
     output and what the backward needs (`backward_reads`), each read once, and a gradient a floating-point input, written once. With
     bf16 values and fp32 gates, per element: linear_scan 2+4+2 = 8 and 8 + (2 + 4+2 + 2+4) = 22; gated_scan with P = D 2+2+4+2 = 10 and
-    10 + (2 + 2+2+4+2 + 2+2+4) = 30; exp_product_scan in fp32 8 and 8 + (4 + 4 + 4) = 20: a backward is another pass over its inputs.
+    10 + (2 + 2+2+4+2 + 2+2+4) = 30; exp_product_scan in fp32 8 and 8 + (4 + 4 + 4) = 20: a backward is another pass over its inputs;
+    short_convolution 2+2 = 4 and 4 + (2 + 2 + 2) = 10.
     """
-    # A window's last state is a view of the inputs: nobody writes it.
+    # A window's and a convolution's last state is a view of the inputs: nobody writes it.
     given = {t.untyped_storage().data_ptr() for t in inputs.values()}
     moved = sum(t.nbytes for t in inputs.values()) + sum(t.nbytes for t in outputs if t.untyped_storage().data_ptr() not in given)
     if direction == "fwd":
@@ -332,6 +346,7 @@ def timings(quick: bool, device: torch.device) -> list[Timing]:
             Timing("exp_product_scan", shape, fp32, accum=fp64),
             Timing("memory_scan", heads),
             Timing("window_attention", dataclasses.replace(heads, W=24)),
+            Timing("short_convolution", dataclasses.replace(shape, J=4)),
         ]
     whole, long = Shape(4, 2048, 4096), Shape(1, 32768, 4096)
     found = [Timing("linear_scan", shape, gate_dtype=gate) for gate in (fp32, bf16) for shape in (whole, long, Shape(8, 2048, 768))]
@@ -352,6 +367,7 @@ def timings(quick: bool, device: torch.device) -> list[Timing]:
     # Not packed: what documents hide of a window would be counted in its floor.
     windows = ((8, 2048, 512), (8, 2048, 2048), (1, 32768, 512))
     found += [Timing("window_attention", Shape(b, t, 1536, H=12, W=w)) for b, t, w in windows]
+    found += [Timing("short_convolution", Shape(b, t, 1536, J=4)) for b, t in ((8, 2048), (1, 32768))]
     if quick:
         return [next(timing for timing in found if timing.operator == name) for name in OPERATORS]
     return found

@@ -112,7 +112,7 @@ def compare(
 ) -> list[Finding]:
     """A finding a tensor."""
     operator = OPERATORS[case.operator]
-    pairs = [("output", outputs[0], expected[0]), (f"last {operator.state[0]}", outputs[1], expected[1])]
+    pairs = [("output", outputs[0], expected[0]), (f"last {operator.state.rstrip('0')}", outputs[1], expected[1])]
     pairs += [(f"d{name}", gradients[name], expected_gradients[name]) for name in gradients]
     found = []
     for name, actual, wanted in pairs:
@@ -209,7 +209,8 @@ def check_truth(name: str, seed: int) -> list[Finding]:
     operator, where = OPERATORS[name], device()
     torch.manual_seed(seed)
     heads = 2 if name in ("memory_scan", "window_attention") else None
-    shape = Shape(2, 129, 24, H=heads, P=8 if name == "gated_scan" else None, W=40 if name == "window_attention" else None)
+    sizes = {"gated_scan": {"P": 8}, "window_attention": {"W": 40}, "short_convolution": {"J": 4}}.get(name, {})
+    shape = Shape(2, 129, 24, H=heads, **sizes)
     found = []
     for gates in ("ordinary", "near 0", "near 1"):
         inputs = in_float64(draw(operator, shape, FP32, FP32, where, gates, state=True, reset=True))
@@ -255,6 +256,9 @@ def _cases(name: str, quick: bool) -> Iterator[Case]:
     elif name == "window_attention":
         windows = ((2, 16, 24), (1, 20, 5)) if quick else ((2, 64, 100), (3, 128, 257), (1, 256, 33), (2, 40, 1))
         widths = itertools.cycle([Shape(2, 1, h * k, H=h, W=w) for h, k, w in windows])
+    elif name == "short_convolution":
+        taps = ((24, 4), (37, 2), (24, 16)) if quick else ((640, 4), (37, 4), (128, 2), (96, 16), (40, 1))
+        widths = itertools.cycle([Shape(2, 1, d, J=j) for d, j in taps])
     else:
         sizes = ((24, 8), (37, 37)) if quick else ((640, 80), (37, 37), (128, 128), (96, 96))
         widths = itertools.cycle([Shape(2, 1, d, P=p if name == "gated_scan" else None) for d, p in sizes])
@@ -272,8 +276,12 @@ def _cases(name: str, quick: bool) -> Iterator[Case]:
             yield Case(name, shape, dtype, gate_dtype, gates, state=True, cotangents="last")
     if quick:
         return
-    heads_of = {"memory_scan": Shape(1, 4099, 64, H=1), "window_attention": Shape(1, 4099, 64, H=1, W=512)}
-    long = heads_of.get(name, Shape(1, 8211, 40, P=40 if name == "gated_scan" else None))
+    others = {
+        "memory_scan": Shape(1, 4099, 64, H=1),
+        "window_attention": Shape(1, 4099, 64, H=1, W=512),
+        "short_convolution": Shape(1, 8211, 40, J=4),
+    }
+    long = others.get(name, Shape(1, 8211, 40, P=40 if name == "gated_scan" else None))
     for dtype in (FP32, BF16):
         yield Case(name, long, dtype, FP32, "near 1", reset=True)
         yield Case(name, replace(long, T=1, B=5), dtype, FP32)

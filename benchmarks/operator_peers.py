@@ -111,6 +111,13 @@ def _gated_delta_rule(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
     return lambda q, k, v, g, b: function(q, k, v, g, b, scale=1.0)[0], (q, k, inputs["v"], inputs["log_alpha"], beta)
 
 
+def _conv1d(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
+    """torch's own, a group a channel: gains in the values' dtype, time innermost. The layout is changed before the clock starts."""
+    x, weight = inputs["x"].transpose(1, 2).contiguous(), inputs["weight"].to(inputs["x"].dtype).unsqueeze(1)
+    channels, time, taps = x.shape[1], x.shape[2], weight.shape[2]
+    return lambda x, w: F.conv1d(x, w, groups=channels, padding=taps - 1)[..., :time], (x, weight)
+
+
 def _cumsum(inputs: dict[str, Tensor], timing: Timing) -> Prepared:
     """What a user would write: for exp_product_scan the same function, for linear_scan only the sum, without any decay."""
     if timing.operator == "linear_scan":
@@ -140,6 +147,7 @@ PEERS: dict[str, tuple[tuple[str, ...], bool, Callable[[dict[str, Tensor], Timin
     "sdpa_flash": (("memory_scan", "window_attention"), True, _sdpa_flash),
     "flex_attention": (("window_attention",), False, _flex_attention),
     "torch_cumsum": (("linear_scan", "exp_product_scan"), True, _cumsum),
+    "torch_conv1d": (("short_convolution",), True, _conv1d),
     "accelerated_scan": (("linear_scan",), True, _accelerated_scan),
     "fla_chunk_hgrn": (("linear_scan",), False, _chunk_hgrn),
     "fla_simple_gla": (("memory_scan",), False, _simple_gla),

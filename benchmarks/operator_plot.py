@@ -12,7 +12,7 @@ def label(row: dict[str, Any]) -> str:
     channels = f"H{row['H']}×{row['K']}" if row["H"] else f"D{row['D']}" + (f" P{row['P']}" if row["P"] not in (None, row["D"]) else "")
     gates = " bf16 gates" if row["gate_dtype"] == "bfloat16" else ""
     sums = " float64 sums" if row["accum_dtype"] == "float64" else ""
-    window = f" W{row['W']}" if row["W"] else ""
+    window = "".join(f" {name}{row[name]}" for name in "WJ" if row.get(name))
     return f"{row['op']} B{row['B']} T{row['T']} {channels}{window}{gates}{sums}{' packed' if row['reset'] else ''} {row['direction']}"
 
 

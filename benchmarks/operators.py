@@ -82,7 +82,7 @@ def measure(timing: Timing, rates: tuple[float, float], findings: list[Finding],
                 "op": timing.operator, "B": shape.B, "T": shape.T, "D": shape.D, "H": shape.H, "dtype": name_of(timing.dtype),
                 "direction": direction, "ms": ms, "floor_ms": floor, "bytes": moved, "copy_tbps": rates[0],
                 "gate_dtype": name_of(timing.gate_dtype), "max_rel_err": worst(own, timing, direction), "peers": {},
-                **place, "P": shape.P, "W": shape.W, "reset": timing.reset, "K": shape.K if shape.H else None, "flops": work,
+                **place, "P": shape.P, "W": shape.W, "J": shape.J, "reset": timing.reset, "K": shape.K if shape.H else None, "flops": work,
                 "gemm_tflops": rates[1], "share_of_floor": floor / ms, "alone_ms": alone, "eager_ms": eager, "replayed": replayed,
                 "accum_dtype": name_of(timing.accum) if timing.accum else None,
                 "err_at_this_shape": worst(here, timing, direction), "parity": "missed" if any(f.missed for f in own) else "ok",
@@ -123,7 +123,8 @@ def first_calls() -> dict[str, float]:
     for timing in timings(quick=True, device=torch.device("cpu")):  # small: what takes time is the compilation
         operator, shape = OPERATORS[timing.operator], timing.shape
         if where.type == "cuda":
-            shape = type(shape)(2, 512, 1024, H=8 if shape.H else None, P=1024 if shape.P else None, W=128 if shape.W else None)
+            sizes = {name: size for name, size in {"H": 8, "P": 1024, "W": 128, "J": 4}.items() if getattr(shape, name)}
+            shape = type(shape)(2, 512, 1024, **sizes)
         start = time.perf_counter()
         inputs = draw(operator, shape, timing.dtype, timing.gate_dtype, where)
         output = operator.op(**inputs, **timing.options)[0]
@@ -169,7 +170,7 @@ def table(rows: Sequence[Row]) -> Sheet:
         if row["ms"] is None:
             continue
         widths = f"H{row['H']}×{row['K']}" if row["H"] else f"D{row['D']}" + (f" P{row['P']}" if row["P"] not in (None, row["D"]) else "")
-        widths += f" W{row['W']}" if row["W"] else ""
+        widths += "".join(f" {name}{row[name]}" for name in "WJ" if row[name])
         error = "–" if row["max_rel_err"] is None else f"{row['max_rel_err']:.0e}"
         shape = f"B{row['B']} T{row['T']} {widths}{' packed' if row['reset'] else ''}"
         dtypes = f"{_SHORT.get(row['dtype'], row['dtype'])}{_sums(row)}, {_SHORT.get(row['gate_dtype'], row['gate_dtype'])} gates"

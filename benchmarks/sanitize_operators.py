@@ -46,6 +46,11 @@ def cases(names: Sequence[str]) -> list[Case]:
             for dtype in (FP32, BF16)
             for k in (20, 64, 128)
         ),
+        *(
+            Case("short_convolution", Shape(2, 131, 37, J=j), dtype, FP32, reset=True, strided=True)
+            for dtype in (FP32, BF16)
+            for j in (4, 16)
+        ),
         Case("linear_scan", Shape(5, 1, 3), FP32, FP32),
     ]
     return [case for case in wanted if case.operator in names]

@@ -21,7 +21,7 @@ from mmrec.model import MMRecModel
 
 Row = dict[str, Any]
 GIB = 2**30
-LAYERS = (2, 6)  # of the networks from which the planning projections' cost a layer is taken
+LAYERS = (3, 6)  # of the networks from which the planning projections' cost a layer is taken: of three, one has a window
 
 
 class RandomTokens(IterableDataset):
@@ -59,6 +59,7 @@ def common(case: Case, batch: int, where: torch.device, limit: float | None) -> 
         "params_m": None,
         "uboo": ours and network.use_uboo,
         "hem": ours and network.use_hem,
+        "windows": network.num_windows if ours else 0,
         "B": batch,
         "T": case.seq_len,
         "accumulate": case.accumulate,

@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,45 @@ BETWEEN = "\n\n"  # pieces were cut at the ends of paragraphs
 Record = dict[str, Any]
 
 
-def joined_records(files: Sequence[str], max_bad_line_share: float, side: Split | None = None) -> Iterator[Record]:
+@dataclass
+class Joining:
+    """What became of the documents that were to be joined.
+
+    Attributes:
+        pieces: those that became part of a text, alone or with others.
+        texts: of several pieces, with no number missing between the first and the last.
+        stretches: of several pieces, of texts that are cut where a number is missing.
+        alone: pieces with no neighbour.
+        others: documents that name no piece, or one that was there already.
+    """
+
+    pieces: int = 0
+    texts: int = 0
+    stretches: int = 0
+    alone: int = 0
+    others: int = 0
+
+    def add(self, runs: Sequence[Sequence[int]]) -> None:
+        """Count a text's pieces, by the stretches that it came in."""
+        several = sum(len(run) > 1 for run in runs)
+        self.pieces += sum(map(len, runs))
+        self.alone += len(runs) - several
+        if len(runs) == 1:
+            self.texts += several
+        else:
+            self.stretches += several
+
+    def summary(self) -> str:
+        """All of it in a line."""
+        return (
+            f"{self.pieces:,} pieces became {self.texts:,} whole texts and, where a piece is missing, {self.stretches:,} stretches; "
+            f"{self.alone:,} pieces are alone, {self.others:,} documents are no piece or a copy of one"
+        )
+
+
+def joined_records(
+    files: Sequence[str], max_bad_line_share: float, side: Split | None = None, joining: Joining | None = None
+) -> Iterator[Record]:
     """Records `{"text", "timestamp", "url"}` of whole texts, in the order in which the first piece of each appears in the files.
 
     Where a number is missing the text is cut: what stands on the two sides of a gap was never adjacent. A record whose `url` names no
@@ -32,11 +71,12 @@ def joined_records(files: Sequence[str], max_bad_line_share: float, side: Split 
         files: JSON-lines files (plain, .gz, .xz).
         max_bad_line_share: share of lines that may be skipped.
         side: which records to join; the others are missing from their texts. None: all.
+        joining: counts what becomes of them.
 
     Raises:
         ValueError: too many bad lines, or a damaged file.
     """
-    side = side or Split()
+    side, joining = side or Split(), joining or Joining()
     texts: dict[Any, dict[int, Record]] = {}
     counts = LineCounts()
     for path in files:
@@ -57,18 +97,23 @@ def joined_records(files: Sequence[str], max_bad_line_share: float, side: Split 
         _logger.warning("%s", counts.summary())
     for name, pieces in texts.items():
         if isinstance(name, tuple):
+            joining.others += 1
             yield pieces[0]
             continue
-        for run in _without_gaps(sorted(pieces)):
+        runs = list(_without_gaps(sorted(pieces)))
+        joining.add(runs)
+        for run in runs:
             first = pieces[run[0]]
             yield {"text": BETWEEN.join(pieces[number]["text"] for number in run), "timestamp": first.get("timestamp", ""), "url": name}
 
 
-def write_joined(files: Sequence[str], target: Path, max_bad_line_share: float, side: Split | None = None) -> None:
-    """Write `joined_records` as JSON lines, the whole file or nothing."""
+def write_joined(files: Sequence[str], target: Path, max_bad_line_share: float, side: Split | None = None) -> Joining:
+    """Write `joined_records` as JSON lines, the whole file or nothing, and say what became of the documents."""
+    joining = Joining()
     with replacing(target) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for record in joined_records(files, max_bad_line_share, side):
+        for record in joined_records(files, max_bad_line_share, side, joining):
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
+    return joining
 
 
 def piece_of(record: Record) -> tuple[str | None, int]:

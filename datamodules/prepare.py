@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def _write(
         splits = {"train": splits["train"], "validation": splits["train"]}
         sides = {"train": Split(fraction, validation=False), "validation": Split(fraction, validation=True)}
     if settings.get("join_pieces"):
-        splits = {**splits, "train": [_joined(folder, splits["train"], sides["train"], settings, bar)]}
+        splits = {**splits, "train": [_joined(folder, splits["train"], sides["train"], settings, record, bar)]}
         sides["train"] = Split()  # the joined ones were chosen before
     entries: dict[str, Any] = {}
     for name, paths in splits.items():
@@ -140,17 +141,21 @@ def _write(
         "settings": settings,
         "splits": entries,
     }
+    if "joined" in record:
+        manifest["joined"] = record["joined"]
     (folder / _JOINED).unlink(missing_ok=True)  # before the manifest, after which nothing is tidied up any more
     write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     (folder / _PROGRESS).unlink()
     return manifest
 
 
-def _joined(folder: Path, files: list[str], side: Split, settings: dict[str, Any], bar: Progress) -> str:
+def _joined(folder: Path, files: list[str], side: Split, settings: dict[str, Any], record: dict[str, Any], bar: Progress) -> str:
+    """The file of joined pieces; what became of them is remembered in `record`, for the manifest."""
     path = folder / _JOINED
-    if not path.is_file():  # it is written atomically, so one that is there is whole
+    if not path.is_file() or "joined" not in record:  # it is written atomically, so one that is there is whole
         task = bar.add_task("join pieces", total=1, tokens=0)
-        write_joined(files, path, settings["max_bad_line_share"], side)
+        record["joined"] = asdict(write_joined(files, path, settings["max_bad_line_share"], side))
+        write_atomically(folder / _PROGRESS, json.dumps(record).encode())
         bar.update(task, completed=1)
     return str(path)
 

@@ -150,8 +150,7 @@ class RecallDataModule(PackedDataModule):
         seed: of examples and order.
         vocab_size: number of token ids.
         num_pairs: pairs to recall, or tokens to copy, an example.
-        train_pairs: the same of training examples, which take these numbers in turn, as in Zoology: a network that finds few pairs first
-            learns many sooner. None: `num_pairs`.
+        train_pairs: the same of training examples, which take these numbers in turn; None: `num_pairs`.
         train_examples: number of different training examples.
         validation_examples: number of validation examples, drawn from another stream of random numbers.
         shuffle: a new order every epoch.
@@ -197,9 +196,11 @@ class RecallDataModule(PackedDataModule):
         for name in ("train_examples", "validation_examples"):
             if getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
-        if not self.train_pairs:
-            raise ValueError("data.train_pairs=[] has no number of pairs; give some, or null for num_pairs")
-        for task in self._tasks():
+        judged, *learned = self._tasks()
+        judged.check()
+        if not self.train_pairs or any(type(count) is not int or count < 1 for count in self.train_pairs):
+            raise ValueError(f"data.train_pairs={self.train_pairs} must be whole numbers of at least 1, or null for num_pairs")
+        for task in learned:
             task.check()
 
     def prepare_data(self) -> None:

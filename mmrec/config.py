@@ -29,7 +29,8 @@ class MMRecConfig:
         use_dpg: the decay from a low-rank gate (DPG) instead of the two-factor form (MDI).
         dpg_rank: R, rank of the DPG gate.
         window_every: every so-manieth layer's long-term memory is a window: softmax attention to the last tokens, exact, where the others
-            keep a matrix of everything, inexact. By measured loss (docs/log.md): none is worse by 0.1. None: no layer's.
+            keep a matrix of everything, inexact. By measured loss (docs/log.md): none is worse by 0.1. None, or more than there are
+            layers: no layer's.
         window: tokens such a layer sees, W.
         window_conv: tokens that its queries and keys are mixed of before they are addresses, a convolution a channel; 1: none.
         state_gate: whether the state gates its own write (w_g is learned); false makes the recurrence linear.

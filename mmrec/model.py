@@ -195,7 +195,7 @@ class MMRecModel(nn.Module):
             uboo.follow([mdi.W_planning_error.weight for mdi in planned], [mdi.W_planning_target.weight for mdi in planned])
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> list[BlockState]:
-        """The state before the first token, zeros, fp32 (float64 for a float64 network); windows' keys and values in the weights' dtype."""
+        """The state before the first token: zeros in fp32 (float64 for a float64 network), windows' tokens in the weights' dtype."""
         weight = self.embedding.weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         device = device if device is not None else weight.device
@@ -260,7 +260,8 @@ class MMRecModel(nn.Module):
 
         6 for every weight of a matrix product (the head once, the embedding's look-up not at all), and three times the forward of the
         operators: 4·K·V a head for the long-term memory, 4·V for every token seen where it is a window, about 12 a channel for the
-        short-term one. Recomputation is not counted. Only windows that a sequence does not fill depend on `seq_len`.
+        short-term one, 4·J a channel for a window's convolutions of J tokens. Recomputation is not counted. Only windows that a sequence
+        does not fill depend on `seq_len`.
         """
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}; give at least 1")
@@ -274,7 +275,8 @@ class MMRecModel(nn.Module):
         seen = inside * (1 - (inside - 1) / (2 * seq_len))  # tokens that a token of a sequence sees on average
         windows = config.num_windows
         reads = (config.num_layers - windows) * config.head_dim + windows * seen
-        operators = round(config.model_dim * (4 * reads + 12 * config.num_layers))
+        taps = config.window_conv if config.window_conv > 1 else 0
+        operators = round(config.model_dim * (4 * reads + 12 * config.num_layers + 4 * taps * windows))
         return 6 * matrices + 3 * operators
 
     def state_bytes(self, batch_size: int) -> int:

@@ -2,7 +2,9 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -39,3 +41,14 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.utils.deterministic.fill_uninitialized_memory = previous
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def document(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """benchmarks/document.py, whose modules import each other as scripts of one folder do; gone from the interpreter afterwards."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    yield __import__("document")
+    for name in [
+        name for name in sys.modules if name == "document" or name.startswith(("document_", "decode_options", "train_step_cases"))
+    ]:
+        del sys.modules[name]

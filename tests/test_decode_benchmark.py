@@ -14,7 +14,7 @@ from mmrec.model import MMRecModel
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 KEYS = {
-    "what", "B", "context", "chunk_size", "D", "H", "L", "ms", "floor_ms", "share_of_floor", "tokens_per_s", "peak_mib", "bytes",
+    "what", "B", "context", "chunk_size", "D", "H", "L", "windows", "ms", "floor_ms", "share_of_floor", "tokens_per_s", "peak_mib", "bytes",
     "copy_tbps", "path", "torch", "triton", "gpu", "date", "size", "precision", "command",
 }  # fmt: skip
 
@@ -105,7 +105,7 @@ def test_the_floor_by_hand(scripts: SimpleNamespace) -> None:
     assert scripts.decode.step_bytes(inside, 3) == scripts.decode.weight_bytes(inside) + 3 * (2 * state + tokens + recent)
     alone = MMRecModel(vocab_size=10, model_dim=8, num_layers=3, num_heads=2, window_every=3, window=5, window_conv=1).bfloat16()
     assert scripts.decode.step_bytes(alone, 3) == scripts.decode.weight_bytes(alone) + 3 * (2 * state + tokens)
-    assert scripts.decode.weight_bytes(inside) - scripts.decode.weight_bytes(alone) == 2 * 2 * 8 * 4  # gains
+    assert scripts.decode.weight_bytes(inside) - scripts.decode.weight_bytes(alone) == 4 * 2 * 8 * 4  # gains, fp32
     untied = MMRecModel(vocab_size=10, model_dim=8, num_layers=1, tie_embeddings=False)
     tied = MMRecModel(vocab_size=10, model_dim=8, num_layers=1)
     assert scripts.decode.weight_bytes(untied) == scripts.decode.weight_bytes(tied)

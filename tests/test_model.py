@@ -281,9 +281,10 @@ def test_flops_are_counted_from_the_weights(tie: bool) -> None:
 
 @pytest.mark.parametrize(("time", "seen"), [(4, 2.5), (6, 3.5), (60, 6 - 15 / 60)])
 def test_flops_of_a_window_are_those_of_the_tokens_that_it_sees(time: int, seen: float) -> None:
-    """A window of 6: the first tokens see fewer, 1 + 2 + … 5 of the first five."""
-    matrix, window = small(), small(**WINDOWS)
-    assert window.flops_per_token(time) - matrix.flops_per_token(time) == round(3 * 32 * 4 * (seen - 16))
+    """A window of 6: the first tokens see fewer, 1 + 2 + … 5 of the first five. Two convolutions take two operations a tap."""
+    matrix, window, bare = small(), small(**WINDOWS), small(**WINDOWS, window_conv=1)
+    assert bare.flops_per_token(time) - matrix.flops_per_token(time) == round(3 * 32 * 4 * (seen - 16))
+    assert window.flops_per_token(time) - bare.flops_per_token(time) == 3 * 32 * 2 * 2 * 4
 
 
 def test_flops_of_matrix_products_are_those_that_run() -> None:

@@ -75,7 +75,9 @@ def test_a_quick_run_writes_complete_rows(brief: SimpleNamespace, tmp_path: Path
         "exp_product_scan": {"torch_cumsum"},
         "memory_scan": {"sdpa_flash"},
         "window_attention": {"sdpa_flash"},
+        "short_convolution": {"torch_conv1d"},
     }
+    assert all(row["peers"]["torch_conv1d"] > 0 for row in rows if row["op"] == "short_convolution")
     for row in rows:  # no figure without a reason
         for name, ms in row["peers"].items():
             assert ms is not None or f"no figure of {name}" in printed
@@ -148,6 +150,9 @@ def test_bytes_are_what_one_counts_by_hand(scripts: SimpleNamespace) -> None:
     temperature, number = 4 * 4, 8
     assert bytes_of("window_attention", window, "fwd") == 4 * 2 * elements + gates + temperature + number
     assert bytes_of("window_attention", window, "fwdbwd") == (4 + 1 + 4 + 3) * 2 * elements + 3 * gates + 3 * temperature + number
+    taps = dataclasses.replace(shape, J=4)  # its last state is a view of the input; gains are read twice, their gradient written
+    assert bytes_of("short_convolution", taps, "fwd") == 4 * elements + 4 * 4 * D
+    assert bytes_of("short_convolution", taps, "fwdbwd") == 10 * elements + 3 * 4 * 4 * D
     # At the shape of the goal: 0.0895 ms at 3 TB/s.
     assert pytest.approx(0.0895, abs=5e-5) == 8 * 4 * 2048 * 4096 / 3.0e9
 
@@ -165,6 +170,31 @@ def test_flops_are_what_one_counts_by_hand(scripts: SimpleNamespace) -> None:
     assert cases.flops(cases.OPERATORS["window_attention"], window, "fwd") == 4 * 32 * pairs * 2 * 2 * 128
     whole = dataclasses.replace(shape, W=4096)
     assert cases.flops(cases.OPERATORS["window_attention"], whole, "fwdbwd") == 4 * 32 * (2048 * 2049 // 2) * 7 * 2 * 128
+
+
+def test_torchs_convolution_is_the_same_function(scripts: SimpleNamespace) -> None:
+    cases, cpu = scripts.operator_cases, torch.device("cpu")
+    timing = cases.Timing("short_convolution", cases.Shape(2, 40, 32, J=4), torch.float32)
+    inputs = cases.draw(cases.OPERATORS["short_convolution"], timing.shape, torch.float32, torch.float32, cpu)
+    function, tensors = scripts.operator_peers.PEERS["torch_conv1d"][2](inputs, timing)
+    expected = cases.OPERATORS["short_convolution"].naive(**inputs)[0]
+    torch.testing.assert_close(function(*tensors).transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("part", ["gains", "last state"])
+def test_a_wrong_convolution_is_named(scripts: SimpleNamespace, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parity, right = scripts.operator_parity, scripts.operator_cases.OPERATORS["short_convolution"]
+    found = parity.all_findings(["short_convolution"], True, 0)
+    assert not [finding for finding in found if finding.missed]
+    assert {"output", "last state", "dx", "dweight", "dstate"} <= {finding.tensor for finding in found}
+
+    def wrong(x, weight, state=None, reset=None):
+        y, after = right.op(x, weight if part != "gains" else weight.flip(1), state, reset)
+        return y, after if part != "last state" else after.flip(1)
+
+    monkeypatch.setitem(scripts.operator_cases.OPERATORS, "short_convolution", dataclasses.replace(right, op=wrong))
+    missed = {finding.tensor for finding in parity.all_findings(["short_convolution"], True, 0) if finding.missed}
+    assert missed >= ({"output", "dx", "dweight"} if part == "gains" else {"last state"})
 
 
 def test_the_worst_value_counts_where_sums_are_in_float64(scripts: SimpleNamespace) -> None:

@@ -61,7 +61,7 @@ def window_memory(
     state: BlockState | None,
     reset: Tensor | None,
 ) -> tuple[Tensor, WindowState, Tensor | None]:
-    """`r` (B, T, H, V), the last window and the last tokens' q and k; addressed and forgetting as the matrix is."""
+    """`r` (B, T, H, V), the last window, the last tokens' q and k, (B, J − 1, 2D) or None; addressed and forgetting as the matrix is."""
     assert block.temperature is not None  # a layer with a window has one
     recent, window = None, None if state is None else state.window
     if block.convolution is not None:

@@ -46,7 +46,7 @@ class Window(NamedTuple):
 
     Attributes:
         temperature: (H,) fp32. tokens: W. first: (B, T) int32, the first token that each one sees, or None: W alone decides.
-        q_gain, k_gain: (D, J), of short convolutions of q and k before they are addresses; None: there are none.
+        q_gain, k_gain: (D, J) fp32, of short convolutions of q and k before they are addresses; None: there are none.
     """
 
     temperature: Tensor
@@ -180,7 +180,7 @@ class _Mix(torch.autograd.Function):
     def backward(ctx: Any, dgated: Tensor | None, dh: Tensor | None, dh_last: Tensor | None, dfound: Tensor | None) -> Any:
         refuse_second_order("a block", "build the loss from its operators' naive forms")
         fused, *rest = ctx.saved_tensors
-        rest, gate, c_gate, (logits, c_logits, h, r, query, key, *before, left) = rest[:-15], rest[-15:-12], rest[-12:-9], rest[-9:]
+        rest, gate, c_gate, (logits, c_logits, h, r, query, key, *normed, left) = rest[:-15], rest[-15:-12], rest[-12:-9], rest[-9:]
         six, log_alpha, decay, context = rest[:6], rest[6], rest[7:11], rest[11:15]
         w_g, g_r, g_h, h0, M0, reset, *gains, temperature, first = rest[15:]
         (W_in, _, _, out_bias), (cW_in, _, _, cout_bias) = decay, context
@@ -193,7 +193,7 @@ class _Mix(torch.autograd.Function):
         if query is None:
             convolved = _convolved(q, k, gains, reset)
             query, key, *scales = _addresses(*convolved, h, heads)
-            before = [*convolved] if ctx.window else scales
+            normed = [*convolved] if ctx.window else scales
         h_heads = h.unflatten(-1, heads)
         dgated = torch.zeros_like(h) if dgated is None else dgated
 
@@ -212,7 +212,7 @@ class _Mix(torch.autograd.Function):
             window = (temperature, first, ctx.window)
             _ops.window_attention_bwd_out(dr, r, left, *addressed, *window, dquery, dkey, dv_heads, dlog_alpha, dtemperature)
             dkey = dkey if dfound is None else dkey + dfound
-            inputs = [x.unflatten(-1, heads) for x in before]
+            inputs = [x.unflatten(-1, heads) for x in normed]
             dinputs = [dq_heads, dk_heads] if gains[0] is None else [torch.empty_like(x) for x in inputs]
             _ops.memory_address_bwd_out(dquery, dkey, *inputs, h_heads, *dinputs, dh_heads, dm)
             if gains[0] is not None:
@@ -221,7 +221,7 @@ class _Mix(torch.autograd.Function):
                     _ops.short_convolution_bwd_out(dy.flatten(-2), x, gain, reset, dx, dgain)
         else:
             dM0 = h.new_empty((h.shape[0], heads[0], heads[1], heads[1]), dtype=wide) if M0 is None else torch.empty_like(M0)
-            memory = (*addressed, M0, reset, 1.0, left, *before, dm)
+            memory = (*addressed, M0, reset, 1.0, left, *normed, dm)
             _ops.addressed_memory_bwd_out(dr, dfound, *memory, dq_heads, dk_heads, dv_heads, dlog_alpha, dM0, dh_heads)
         if dh is not None:
             dh_out = dh_out + (uboo.project_out(dh, dh_out) if ctx.orthogonalize else dh)

@@ -51,12 +51,12 @@ class _Temperature(Float32Parameters):
         return self.log_temperature.exp()
 
 
-class _Convolution(nn.Module):
-    """Gains of a few tokens' q and k in front of a window, (D, J) each; at first a token's own are 1, all others 0."""
+class _Convolution(Float32Parameters):
+    """Gains of a few tokens' q and k in front of a window, (D, J) fp32 each; at first a token's own are 1, all others 0."""
 
     def __init__(self, config: MMRecConfig) -> None:
         super().__init__()
-        start = torch.zeros(config.model_dim, config.window_conv)
+        start = torch.zeros(config.model_dim, config.window_conv, dtype=torch.float32)
         start[:, -1] = 1
         self.q_gain, self.k_gain = nn.Parameter(start), nn.Parameter(start.clone())
 
@@ -207,10 +207,7 @@ class MMRecBlock(nn.Module):
         if window is None:
             return gated, parts.z, h, h, BlockState(h_last, memory)
         values = parts.v.unflatten(-1, (self.config.heads, self.config.head_dim))
-        recent = None
-        if self.convolution is not None:
-            taps = self.config.window_conv
-            recent = torch.cat([last_tokens(part, taps, None, reset) for part in (parts.q, parts.k)], dim=-1)
+        recent = None if self.convolution is None else last_tokens([parts.q, parts.k], self.config.window_conv, None, reset)
         after = BlockState(h_last, no_matrix(memory), None, next_state(memory, values, log_alpha, first, tokens), recent)
         return gated, parts.z, h, h, after
 

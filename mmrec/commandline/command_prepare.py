@@ -16,11 +16,14 @@ def build_parser() -> OneLineErrors:
 
 def run(arguments: Sequence[str]) -> None:
     """Prepare, and say what the folder holds."""
+    from datamodules.pieces import Joining
     from datamodules.prepare import prepare
 
     parser = build_parser()
     options = parser.parse_args(list(arguments)).as_dict()
     manifest = prepare(**options)
+    if "joined" in manifest:  # a folder that was joined before it was counted has none
+        print(f"train: {Joining(**manifest['joined']).summary()}")
     for name, split in manifest["splits"].items():
         print(f"{name}: {split['tokens']:,} tokens in {len(split['shards'])} shards")
     output = options["output"]

@@ -7,13 +7,16 @@ from typing import Any
 import torch
 
 from mmrec.config import MMRecConfig
+from mmrec.core.token_order import WINDOW
 from mmrec.model import MMRecModel
 
 # Bytes that a block keeps for its backward, a token and channel of the model and of the feed-forward, counted from what its functions
-# save: the stream and its norm twice, six projections, both gates' logits and hidden layers (D/4), two addresses, h, r, the gated read-out
-# and UBÖO's two products; in bf16 the long-term memories between chunks too, for heads of 128; gate, up and their product.
-_KEPT_FP32 = (78, 12)
-_KEPT_BF16 = (43, 6)
+# save: the stream and its norm twice, six projections, both gates' logits and hidden layers (D/4), two addresses, h, r and the gated
+# read-out; in bf16 the long-term memories between chunks too, for heads of 128; gate, up and their product. UBÖO's come on top.
+_KEPT_FP32 = (70, 12)
+_KEPT_BF16 = (39, 6)
+# Bytes that exist at a time for each logit of a chunk: of the main loss, and of the losses above the blocks, which have no kernel.
+_LOGIT, _LOGIT_ABOVE = 8, {"decode": 20, "order": 16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +27,7 @@ class Estimate:
         name: the config's name.
         shape: layers × width.
         parameters: all, and `parameters_inference` without UBÖO's projections.
-        weights, gradients, optimizer: bytes, exact but for the few parameters that stay in fp32.
+        weights, gradients, optimizer: bytes, exact but for the few parameters that stay in fp32; frozen ones have weights alone.
         activations: bytes, an estimate.
         tokens_per_step, tokens: that one GPU reads in an optimiser step, and in the whole run; None where the run has no end.
     """
@@ -63,6 +66,7 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
     with torch.device("meta"):
         network = MMRecModel(config)
     parameters = network.num_parameters()
+    trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     precision = str(trainer.get("precision", "32-true"))
     bytes_each = 2 if precision == "bf16-true" else 4
     # Autocast keeps a bf16 copy of every weight from its first use in a step to the end of it.
@@ -77,8 +81,8 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
         parameters=parameters,
         parameters_inference=network.num_parameters(training_only=False),
         weights=parameters * (bytes_each + casts),
-        gradients=parameters * bytes_each,
-        optimizer=2 * parameters * bytes_each,
+        gradients=trained * bytes_each,
+        optimizer=2 * trained * bytes_each,
         activations=_activations(config, batch * seq_len, bf16=precision.startswith("bf16")),
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step if steps > 0 else None,
@@ -86,11 +90,31 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
 
 
 def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:
-    """Bytes kept between forward and backward, and those of one chunk of logits and their gradient."""
+    """Bytes kept between forward and backward, and those of one chunk of logits and what is made of them."""
     channel, ffn_channel = _KEPT_BF16 if bf16 else _KEPT_FP32
+    number = 2 if bf16 else 4
     block = tokens * (channel * config.model_dim + ffn_channel * config.ffn_width)
-    inputs = tokens * config.model_dim * (2 if bf16 else 4)
+    inputs = tokens * config.model_dim * number
     if config.activation_checkpointing == "selective":  # two addresses, and in bf16 as much of memories; one tensor of F
-        block -= tokens * (8 * config.model_dim + (2 if bf16 else 4) * config.ffn_width)
-    layers = config.num_layers * inputs + block if config.activation_checkpointing is True else config.num_layers * block
-    return layers + 2 * min(tokens, config.loss_chunk_size) * config.vocab_size * 4
+        block -= tokens * (8 * config.model_dim + number * config.ffn_width)
+    planned = sum(config.has_planning(index) for index in range(config.num_layers))
+    planning = tokens * _planning(config, number)
+    if config.activation_checkpointing is True:  # one block's at a time
+        layers = config.num_layers * inputs + block + min(planned, 1) * planning
+    else:
+        layers = config.num_layers * block + planned * planning
+    above = config.planning_loss if config.use_uboo else ""
+    kept_above = {
+        "decode": 6 * config.model_dim * number,  # the predictor's input of 2D, hidden layer and its GELU; both states of the divergence
+        "order": 12 * WINDOW,  # tokens to come, int64, and their weights
+    }.get(above, 0)
+    logits = min(tokens, config.loss_chunk_size) * config.vocab_size
+    return layers + tokens * kept_above + logits * max(_LOGIT, _LOGIT_ABOVE.get(above, 0))
+
+
+def _planning(config: MMRecConfig, number: int) -> int:
+    """Bytes a token that a layer's planning error keeps, in numbers of so many bytes; what its products read is there already."""
+    if config.planning_loss == "mse":  # both products; from further back their difference, in fp32
+        return config.planning_width * (2 * number if config.planning_horizon == 1 else 4)
+    # h one token earlier, in fp32 the product that is trained and its distance from the target.
+    return config.model_dim * number + config.planning_width * 8

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from lightning_modules.checks import check_hyperparameters, check_vocabulary
@@ -22,7 +23,7 @@ def require_groups(config: Namespace, keys: Sequence[str]) -> None:
 
 
 def check_before_building(config: Namespace, checkpoint: Path | None, fitting: bool) -> None:
-    """Check sizes, data, vocabulary and checkpoint of a parsed run config; a few seconds at most, nothing is written.
+    """Check sizes, device, data, vocabulary and checkpoint of a parsed run config; a few seconds at most, nothing is written.
 
     Args:
         config: one subcommand's config.
@@ -42,12 +43,25 @@ def check_before_building(config: Namespace, checkpoint: Path | None, fitting: b
         raise BadInputError(f"trainer.precision: {precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
     if fitting and config.trainer.max_steps < 1 and config.model.decay_steps is None:
         raise BadInputError("trainer.max_steps: the run has no end; give the number of optimiser steps")
+    require_device(config.trainer.accelerator)  # before the data: who has no GPU here need not prepare any
     data = build_data_module(config.data)
     if hasattr(data, "check"):
         data.check()
     check_vocabulary(getattr(data, "vocab_size", None), network.vocab_size)
     if checkpoint is not None:
         require_fitting_checkpoint(checkpoint, network)
+
+
+def require_device(accelerator: Any) -> None:
+    """Raise BadInputError where a GPU is asked for by name and none is seen; other accelerators are left to the Trainer."""
+    if accelerator not in ("gpu", "cuda") or torch.cuda.is_available():
+        return
+    if accelerator == "gpu" and torch.backends.mps.is_available():  # which Lightning takes for one
+        return
+    raise BadInputError(
+        f"trainer.accelerator: {accelerator}, and no GPU is seen here; use a machine with one (`python -m mmrec.cli doctor` looks for what "
+        "is missing), or a config that fits a CPU, cpu_tiny"
+    )
 
 
 def build_data_module(spec: Namespace) -> Any:

@@ -1,6 +1,6 @@
 """The state of a block: what a token leaves behind for the next, of a size that does not grow with the text."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -76,9 +76,7 @@ def no_matrix(heads_BTHV: Tensor) -> Tensor:
 
 def detach_state(state: BlockState) -> BlockState:
     """The same values without their history: where truncated backpropagation through time cuts."""
-    planning = None if state.planning is None else state.planning.detach()
-    window = None if state.window is None else WindowState(*(tensor.detach() for tensor in state.window))
-    return BlockState(state.h.detach(), state.M.detach(), planning, window, None if state.recent is None else state.recent.detach())
+    return _mapped(state, Tensor.detach)
 
 
 def reset_state(state: BlockState, reset_B: Tensor) -> BlockState:
@@ -87,9 +85,14 @@ def reset_state(state: BlockState, reset_B: Tensor) -> BlockState:
     def cleared(tensor: Tensor) -> Tensor:
         return tensor.masked_fill(reset_B.view(-1, *[1] * (tensor.ndim - 1)), 0)
 
-    planning = None if state.planning is None else cleared(state.planning)
-    window = None if state.window is None else WindowState(*map(cleared, state.window))
-    return BlockState(cleared(state.h), cleared(state.M), planning, window, None if state.recent is None else cleared(state.recent))
+    return _mapped(state, cleared)
+
+
+def _mapped(state: BlockState, function: Callable[[Tensor], Tensor]) -> BlockState:
+    """The state with a function of each of its tensors."""
+    window = None if state.window is None else WindowState(*map(function, state.window))
+    planning, recent = (None if tensor is None else function(tensor) for tensor in (state.planning, state.recent))
+    return BlockState(function(state.h), function(state.M), planning, window, recent)
 
 
 def copy_state(target: Iterable[BlockState], source: Iterable[BlockState]) -> None:
@@ -101,7 +104,7 @@ def copy_state(target: Iterable[BlockState], source: Iterable[BlockState]) -> No
     for own, given in zip(target, source, strict=True):
         shapes = [[tuple(tensor.shape) for tensor in state.kept()] for state in (own, given)]
         if shapes[0] != shapes[1]:
-            raise ValueError(f"state has h, M and a window's tensors of {shapes[1]}; give {shapes[0]}")
+            raise ValueError(f"state has h, M, a window's tensors and the tokens convolved of {shapes[1]}; give {shapes[0]}")
         for tensor, value in zip(own.kept(), given.kept(), strict=True):
             tensor.copy_(value)
 

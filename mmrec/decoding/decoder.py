@@ -81,7 +81,7 @@ class Decoder:
     @property
     def state(self) -> list[BlockState]:
         """One `BlockState` a layer, overwritten by every step, but for the fused step's windows, which a look copies from its rings."""
-        return [own if ring is None else own._replace(window=ring.state(), recent=ring.last()) for own, ring in self._layers()]
+        return [own if ring is None else own._replace(window=ring.state(), recent=ring.recent_tokens()) for own, ring in self._layers()]
 
     @torch.inference_mode()
     def load(self, state: list[BlockState]) -> None:

@@ -74,7 +74,7 @@ class Ring:
         log_alpha, decay = (tensor.transpose(1, 2).index_select(1, order) for tensor in (self.log_alpha, self.decay))
         return WindowState(k, v, log_alpha, (decay > float("-inf")).any(-1))
 
-    def last(self) -> Tensor | None:
+    def recent_tokens(self) -> Tensor | None:
         """The last J − 1 tokens' q and k, as `BlockState.recent`, a new tensor; None: J is 1."""
         if self.recent is None or self.recent_position is None:
             return None

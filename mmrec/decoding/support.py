@@ -9,8 +9,7 @@ BATCH = 4  # sequences at most: beyond, a product's arithmetic takes longer than
 HEAD_WIDTH = 512
 _DTYPES = (torch.float32, torch.bfloat16)
 # fp32 whatever the rest is.
-_WIDE = (".out_bias.bias", ".up_bias.bias", ".w_g", ".w_alpha", ".A_log", ".dt_bias", ".log_temperature")
-_BY_ELEMENT = (".q_gain", ".k_gain")  # read by element: a row is a channel's taps
+_WIDE = (".out_bias.bias", ".up_bias.bias", ".w_g", ".w_alpha", ".A_log", ".dt_bias", ".log_temperature", ".q_gain", ".k_gain")
 
 
 def unsupported(model: MMRecModel, batch_size: int) -> str:
@@ -33,6 +32,6 @@ def unsupported(model: MMRecModel, batch_size: int) -> str:
         dtype = torch.float32 if name.endswith(_WIDE) else weight.dtype
         if parameter.dtype != dtype or parameter.device != weight.device or not parameter.is_contiguous():
             return f"{name} is {parameter.dtype} on {parameter.device}, or not contiguous"
-        if not name.endswith(_BY_ELEMENT) and (parameter.shape[-1] * parameter.itemsize % 4 or parameter.data_ptr() % 4):
+        if parameter.shape[-1] * parameter.itemsize % 4 or parameter.data_ptr() % 4:
             return f"{name} has rows of {parameter.shape[-1]}: no whole words"
     return ""

@@ -1,4 +1,4 @@
-"""What the operators share: state dtype, input checks, and the two sequential recurrences of the PyTorch forms."""
+"""What the operators share: state dtype, input checks, a state before a sequence, the two sequential recurrences of the PyTorch forms."""
 
 import torch
 from torch import Tensor
@@ -25,6 +25,11 @@ def check_shape(name: str, argument: str, tensor: Tensor, expected: tuple[int, .
     """Refuse an argument of another shape, naming it."""
     if tensor.shape != expected:
         raise ValueError(f"{name}: {argument} has shape {tuple(tensor.shape)}; it must be {expected}")
+
+
+def behind(past: Tensor, tensor: Tensor) -> Tensor:
+    """A state's tokens (B, P, ...) and then the sequence's (B, T, ...), in the sequence's dtype."""
+    return torch.cat([past.to(tensor.dtype), tensor], dim=1)
 
 
 def scan_forward(a_TBD: Tensor, x_TBD: Tensor, h0_BD: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ class Run:
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
         self.settings = settings
-        self.place = machine(settings.where) | {"command": settings.command}
+        self.place = machine(settings.where) | {"command": settings.command, "windows": settings.config.num_windows}
         self.rows: list[Row] = []
         self._earlier = read_rows(settings.output) if settings.append and settings.output.exists() else []
         self._progress = progress

@@ -26,30 +26,32 @@ def table(rows: Sequence[Row]) -> str:
         lines += [title, f"  {'positions':>17}  {'loss':>16}  {'than in training':>18}  {'than restarted':>18}"]
         for row in found:
             if row["what"] == BIN:
-                cells = [
-                    _cell(row["loss"], row["standard_error"], ".4f"),
-                    _cell(row["rise"], row["rise_standard_error"], "+.4f"),
-                    _cell(row["over_restarted"], row["over_restarted_standard_error"], "+.4f"),
-                ]
-                lines.append(f"  {_positions(row):>17}  {cells[0]:>16}  {cells[1]:>18}  {cells[2]:>18}")
+                positions, loss, rise, carried = cells(row)
+                lines.append(f"  {positions:>17}  {loss:>16}  {rise:>18}  {carried:>18}")
     return "\n".join(lines)
+
+
+def cells(row: Row) -> list[str]:
+    """Of a stretch of positions: which, the loss, and both comparisons, each with its standard error."""
+    return [
+        _positions(row),
+        _cell(row["loss"], row["standard_error"], ".4f"),
+        _cell(row["rise"], row["rise_standard_error"], "+.4f"),
+        _cell(row["over_restarted"], row["over_restarted_standard_error"], "+.4f"),
+    ]
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
     """Whether the loss rises beyond the training's length, a line a network and length; with 95 % confidence, by Student's t over books."""
-    lines = []
-    for title, found in networks(rows).items():
-        for row in found:
-            if row["what"] != FAR:
-                continue
-            short = row["trained_length"]
-            against = f"at {short // 2:,}–{short - 1:,} of the same {row['windows']} windows of {row['books']} books"
-            restarted = f"of the same tokens, read anew every {short:,}"
-            lines.append(
-                f"{title}: at {_positions(row)} the loss {_judged(row, 'rise')} that {against}, "
-                f"and {_judged(row, 'over_restarted')} that {restarted}"
-            )
-    return lines
+    return [f"{title}: {verdict(row)}" for title, found in networks(rows).items() for row in found if row["what"] == FAR]
+
+
+def verdict(row: Row) -> str:
+    """Of a network and length, by the row of the positions that are judged."""
+    short = row["trained_length"]
+    against = f"at {short // 2:,}–{short - 1:,} of the same {row['windows']} windows of {row['books']} books"
+    restarted = f"of the same tokens, read anew every {short:,}"
+    return f"at {_positions(row)} the loss {_judged(row, 'rise')} that {against}, and {_judged(row, 'over_restarted')} that {restarted}"
 
 
 def draw(path: Path, rows: Sequence[Row]) -> str:
@@ -64,6 +66,8 @@ def draw(path: Path, rows: Sequence[Row]) -> str:
 
 def _judged(row: Row, name: str) -> str:
     value, error = row[name], row[f"{name}_standard_error"]
+    if value is None:  # as of a network that has diverged
+        return "is no number, not to be compared with"
     if error is None:
         return f"differs by {value:+.4f} (one book: no standard error) from"
     sure = sure_errors(row["books"])

@@ -22,8 +22,8 @@ from mmrec.studies.training import fit
 STUDY = "recall"
 # What tells a row from all others.
 IDENTITY = (
-    "study", "model", "variant", "model_dim", "num_heads", "num_layers", "seq_len", "num_pairs", "vocab_size", "steps", "batch_tokens",
-    "lr", "seed", "gpu",
+    "study", "model", "variant", "model_dim", "num_heads", "num_layers", "initializer_range", "seq_len", "num_pairs", "train_pairs",
+    "vocab_size", "steps", "batch_tokens", "lr", "seed", "gpu",
 )  # fmt: skip
 
 
@@ -49,7 +49,7 @@ class RecallStudy:
     arms: tuple[str, ...] = (DEFAULT, "transformer++")
     widths: tuple[int, ...] = (64, 128, 256, 512)
     head_widths: tuple[int, ...] = (64, 128, 256)
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 3e-4)
+    learning_rates: tuple[float, ...] = (3e-3, 1e-3, 1e-2)
     seeds: tuple[int, ...] = (0,)
     steps: int = 10_000
     batch: int = 64
@@ -83,6 +83,8 @@ class RecallStudy:
         options = {
             "model.warmup_steps": self.steps // 10,
             "model.network.ffn_dim": MMRecConfig(model_dim=width, num_heads=heads).ffn_width,
+            # With the 0.02 of wide networks a narrow Transformer finds nothing for thousands of steps; so it does at once (docs/log.md).
+            "model.network.initializer_range": round(width**-0.5, 6),
             "trainer.max_steps": self.steps,
             "data.init_args.batch_size": self.batch,
             "data.init_args.train_examples": self.steps * self.batch,
@@ -91,9 +93,10 @@ class RecallStudy:
         }
         swept = {"model.learning_rate": rate, **{f"model.network.{name}": value for name, value in sizes.items()}}
         content = assemble("recall/mqar", options, *overlays_of(arm), swept)
-        network, sizes_of_task = content["model"]["network"], content["data"]["init_args"]
-        network["vocab_size"], most = sizes_of_task["vocab_size"], sizes_of_task["num_pairs"]
-        sizes_of_task["train_pairs"] = [count for count in sizes_of_task["train_pairs"] if count < most] + [most]
+        network, task = content["model"]["network"], content["data"]["init_args"]
+        network["vocab_size"], most = task["vocab_size"], task["num_pairs"]
+        if "data.init_args.train_pairs" not in options:  # the config's are those of its own number of pairs
+            task["train_pairs"] = [count for count in task["train_pairs"] if count < most] + [most]
         if arm in BASELINES:
             common = {name: network[name] for name in _SHARED if name in network}
             content["baseline"] = {"kind": arm, **common, **sizes, "embedding_scale": math.sqrt(width)}  # as MM-Rec's
@@ -118,10 +121,12 @@ def measure(run: Run) -> Row:
         "model_dim": config.model_dim,
         "num_heads": heads,
         "num_layers": config.num_layers,
+        "initializer_range": config.initializer_range,
         "state_bytes": carried,
         **trained.parameters(),
         "seq_len": task["seq_len"],
         "num_pairs": task["num_pairs"],
+        "train_pairs": ", ".join(map(str, task["train_pairs"] or [task["num_pairs"]])),
         "vocab_size": task["vocab_size"],
         "steps": run.steps,
         "batch_tokens": run.batch_tokens,

@@ -68,10 +68,16 @@ def table(rows: Sequence[Row]) -> str:
     for title, found in tasks(rows).items():
         lines += [title, f"{'bytes of state':>14}  {'recalled':>6}"]
         networks = best(found)
-        lines += [f"    {network}" for network in networks]
-        for arm in dict.fromkeys(network.arm for network in networks):
-            lines.append(_smallest(arm, [network for network in networks if network.arm == arm]))
+        lines += [f"    {network}" for network in networks] + smallest_states(networks)
     return "\n".join(lines)
+
+
+def smallest_states(networks: Sequence[Best]) -> list[str]:
+    """A line a kind of network: the smallest state that recalls almost everything, or that none does; networks as `best` returns them."""
+    return [
+        _smallest(arm, [network for network in networks if network.arm == arm])
+        for arm in dict.fromkeys(network.arm for network in networks)
+    ]
 
 
 def _smallest(arm: str, networks: Sequence[Best]) -> str:

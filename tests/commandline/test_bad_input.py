@@ -101,6 +101,19 @@ def test_a_bad_command_is_one_line(arguments: tuple[str, ...], message: str, cli
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_a_missing_gpu_is_named_before_missing_data(accelerator: str, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = ("fit", "--config", "study_35m", "--trainer.accelerator", accelerator)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert cli(*fit).error.startswith(f"trainer.accelerator: {accelerator}, and no GPU is seen here; use a machine with one ")
+    # What is wrong on any machine still comes first, and with a GPU the data.
+    assert cli(*fit, "--model.network.pe_dim", "7").error.startswith("model.network.pe_dim = 7")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert cli(*fit).error.startswith("data.tokens_dir: no manifest.json in tokens/books")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("folder", ["a_file", "a_file/below", "/proc/mmrec"])
 def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_is_built(folder: str, cli) -> None:
     Path("a_file").write_text("in the way")

@@ -149,6 +149,21 @@ def test_prepare_writes_tokens_that_fit_trains_on(cli, tiny_config: Path) -> Non
     assert cli("generate", "--run", "runs/tiny+x", "--max_new_tokens", "3", "--temperature", "0").code == 0
 
 
+def test_prepare_says_what_it_joined_and_says_it_again_of_a_finished_folder(cli) -> None:
+    documents = list(SampleText(5).documents(60))
+    urls = [f"x:book {number // 20}#{number % 20}" for number in range(60) if number != 30]
+    lines = [json.dumps({"text": document["text"], "url": url}) for document, url in zip(documents, [*urls, "x:page"], strict=True)]
+    Path("text.jsonl").write_text("\n".join(lines[:50]), encoding="utf-8")
+    Path("held.jsonl").write_text("\n".join(lines[50:]), encoding="utf-8")
+    options = ["--files", "text.jsonl", "--validation_files", "held.jsonl", "--vocab_size", str(VOCABULARY), "--workers", "0"]
+    options += ["--output", "tokens", "--progress", "false"]
+    said = "train: 50 pieces became 2 whole texts and, where a piece is missing, 2 stretches; 0 pieces are alone, "
+    for _ in range(2):
+        prepared = cli("prepare", *options, "--join_pieces", "true")
+        assert said in prepared.out, prepared.err
+    assert "pieces" not in cli("prepare", *options, "--output", "apart").out
+
+
 def test_prepare_refuses_bad_lines_in_one_line_and_leaves_nothing(cli) -> None:
     Path("text.jsonl").write_text('{"text": "good"}\nno json\n{"no": "text"}\n')
     error = cli("prepare", "--files", "text.jsonl", "--output", "tokens").error
@@ -177,7 +192,7 @@ def test_a_narrow_terminal_loses_no_number_of_configs(columns: int, cli, monkeyp
     monkeypatch.setenv("COLUMNS", str(columns))
     printed = cli("configs").out
     assert "…" not in printed
-    for text in ("a100_7b", "24 × 4096", "7.409 B", "6.603 B", "65.54 k", "9.175 B"):
+    for text in ("a100_7b", "24 × 4096", "6.603 B", "987.1 k", "65.54 k", "9.175 B"):
         assert text in printed
 
 

@@ -51,11 +51,14 @@ def test_a_shipped_config_parses_and_builds_on_the_meta_device(name: str, cli) -
     assert layered == config
 
 
-def test_all_parameters_of_the_largest_are_7_4_billion() -> None:
-    for name in ("a100_7b", "h100_7b"):
-        row = estimate(name, merge(config_layers(name)))
-        assert row.parameters == pytest.approx(7.41e9, rel=0.005)
-        assert row.total < 75e9  # of 80 GB
+@pytest.mark.parametrize(("use_uboo", "parameters"), [(False, 6.60e9), (True, 7.41e9)])
+@pytest.mark.parametrize("name", ["a100_7b", "h100_7b"])
+def test_the_largest_fit_80_GB_with_and_without_uboo(name: str, use_uboo: bool, parameters: float) -> None:
+    content = merge(config_layers(name))
+    content["model"]["network"]["use_uboo"] = use_uboo
+    row = estimate(name, content)
+    assert row.parameters == pytest.approx(parameters, rel=0.005)
+    assert row.total < 75e9
 
 
 def test_no_shipped_config_copies_another() -> None:

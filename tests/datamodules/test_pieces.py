@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from datamodules.pieces import joined_records, write_joined
+from datamodules.pieces import Joining, joined_records, write_joined
 from datamodules.prepare import prepare
 from datamodules.tokenizer import load_tokenizer
 from datamodules.tokens import load_manifest
@@ -37,6 +37,19 @@ def test_a_missing_piece_cuts_a_book_and_what_is_no_piece_stays(tmp_path: Path, 
     assert texts == ["A 1", "A 4\n\nA 5", "page", "no url", "again"]
 
 
+def test_what_was_joined_is_counted(tmp_path: Path, write_lines) -> None:
+    whole = [_piece("whole", number) for number in (2, 0, 1)]
+    cut = [_piece("cut", number) for number in (9, 0, 1, 4, 5, 6)]
+    rest = [_piece("single", 0), _piece("cut", 5, "a copy"), {"text": "page", "url": "https://x.org/#top"}]
+    path = write_lines(tmp_path / "a.jsonl", _lines([*whole, *cut, *rest]))
+    joining = write_joined([str(path)], tmp_path / "joined.jsonl", 0.0)
+    assert joining == Joining(pieces=10, texts=1, stretches=2, alone=2, others=2)
+    assert joining.summary() == (
+        "10 pieces became 1 whole texts and, where a piece is missing, 2 stretches; "
+        "2 pieces are alone, 2 documents are no piece or a copy of one"
+    )
+
+
 def test_bad_lines_are_an_error_past_their_share(tmp_path: Path, write_lines, caplog: pytest.LogCaptureFixture) -> None:
     path = write_lines(tmp_path / "a.jsonl", [*_lines([_piece("A", 0)]), b"{"])
     with pytest.raises(ValueError, match=r"^too many bad lines: skipped 1 of 2 lines"):
@@ -62,6 +75,7 @@ def test_prepare_trains_on_books_and_validates_on_pieces(
     books = ["\n\n".join(texts[number] for number in range(12) if f"test:book {number % 3}" == name) for name in names]
     assert _documents(folder, "train") == books
     assert _documents(folder, "validation") == texts[20:24]
+    assert manifest["joined"] == {"pieces": 12, "texts": 3, "stretches": 0, "alone": 0, "others": 0}
     assert sorted(path.suffix for path in folder.iterdir()) == [".bin", ".bin", ".json", ".json"]  # the joined text is gone
     assert prepare(str(train), str(folder), join_pieces=True, **settings) == manifest
     with pytest.raises(ValueError, match="holds tokens prepared from other files or settings"):
@@ -73,6 +87,12 @@ def test_prepare_trains_on_books_and_validates_on_pieces(
         patch.setattr("datamodules.prepare._write_split", _stop)
         with pytest.raises(KeyboardInterrupt):
             prepare(str(train), str(again), join_pieces=True, **settings)
+        progress = json.loads((again / "progress.json").read_text())
+        counted = progress.pop("joined")
+        (again / "progress.json").write_text(json.dumps(progress))  # as if stopped before the counts were written
+        with pytest.raises(KeyboardInterrupt):
+            prepare(str(train), str(again), join_pieces=True, **settings)
+        assert json.loads((again / "progress.json").read_text())["joined"] == counted
     assert (again / "joined.jsonl").is_file()
     monkeypatch.setattr("datamodules.prepare.write_joined", _stop)
     assert prepare(str(train), str(again), join_pieces=True, **settings) == manifest

@@ -54,10 +54,10 @@ def test_why_the_fused_step_would_not_run(monkeypatch: pytest.MonkeyPatch) -> No
     assert unsupported(windows, 4) == ""
     windows.blocks[0].temperature.log_temperature.data = torch.zeros(2, dtype=torch.bfloat16)
     assert "log_temperature is torch.bfloat16" in unsupported(windows, 1)
-    taps = network(model_dim=16, num_heads=2, window_every=1, window_conv=3).bfloat16()  # rows of 3 are no words, but need not be
-    assert unsupported(taps, 1) == ""
-    taps.blocks[0].convolution.k_gain.data = torch.zeros(16, 3)
-    assert "k_gain is torch.float32" in unsupported(taps, 1)
+    windows = network(model_dim=16, num_heads=2, window_every=1, window_conv=3).bfloat16()
+    assert unsupported(windows, 1) == ""
+    windows.blocks[0].convolution.k_gain.data = torch.zeros(16, 3, dtype=torch.bfloat16)
+    assert "k_gain is torch.bfloat16" in unsupported(windows, 1)
     assert "use_hem" in unsupported(network(model_dim=16, num_heads=2, use_hem=False), 1)
     assert "1024 channels" in unsupported(network(model_dim=1024, num_heads=1), 1)
     assert "torch.float64" in unsupported(network(model_dim=16).double(), 1)
@@ -78,7 +78,7 @@ def test_what_cannot_be_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (used.fused, used.reason) == (False, "the reason")
     with pytest.raises(ValueError, match="state has 1 layers, the network 2"):
         used.load(model.init_state(2)[:1])
-    with pytest.raises(ValueError, match=r"state has h, M and a window's tensors of \[\(3, 16\)"):
+    with pytest.raises(ValueError, match=r"state has h, M, a window's tensors and the tokens convolved of \[\(3, 16\)"):
         used.load(model.init_state(3))
     used.close()
     with pytest.raises(RuntimeError, match="closed"):

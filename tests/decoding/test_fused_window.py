@@ -190,9 +190,9 @@ def test_the_kernel_alone_through_several_rounds(window: int, slots: int, batch:
     for found, wanted in zip(layer.ring.state(), state, strict=True):
         assert_same(found, wanted, dtype)
     if taps == 1:
-        assert layer.ring.last() is recent is None
+        assert layer.ring.recent_tokens() is recent is None
     else:
-        assert torch.equal(layer.ring.last().double(), recent)
+        assert torch.equal(layer.ring.recent_tokens().double(), recent)
 
 
 def test_a_long_run_stays_exact() -> None:

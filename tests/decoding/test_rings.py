@@ -34,19 +34,19 @@ def test_what_is_convolved_comes_back(taps: int, dtype: torch.dtype) -> None:
     ring = ring_of(5, dtype, taps)
     recent = torch.randn(3, taps - 1, 4 * WIDTH, dtype=dtype)
     ring.load(some_state(5), recent)
-    found = ring.last()
+    found = ring.recent_tokens()
     assert found is not None
     assert torch.equal(found, recent)
     assert found.dtype == dtype
     ring.load(some_state(5))  # what nothing was read before
-    assert not ring.last().any()
+    assert not ring.recent_tokens().any()
 
 
 def test_no_convolution_no_ring_of_it() -> None:
     ring = ring_of(5, taps=1)
     ring.load(some_state(5), None)
     ring.clear()
-    assert ring.recent is ring.recent_position is ring.last() is None
+    assert ring.recent is ring.recent_position is ring.recent_tokens() is None
 
 
 def test_the_oldest_comes_first_wherever_it_lies() -> None:
@@ -59,7 +59,7 @@ def test_the_oldest_comes_first_wherever_it_lies() -> None:
     assert state.seen.all()
     ring.recent[..., 0] = torch.tensor([24.0, 20, 21, 22, 23])
     ring.recent_position.fill_(1)  # of its own: five slots, not four
-    assert ring.last()[0, :, 0].tolist() == [21, 22, 23, 24]
+    assert ring.recent_tokens()[0, :, 0].tolist() == [21, 22, 23, 24]
 
 
 def test_decays_are_those_of_the_tokens_since() -> None:

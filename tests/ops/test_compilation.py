@@ -79,7 +79,7 @@ def assert_compiled(found: list[Launched], architecture: int) -> None:
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("full", [True, False])
 @pytest.mark.parametrize("case", [GATED, GATED_LOGITS], ids=lambda case: case.name)
-def test_a_scan_in_segments_compiles(case: Case, full: bool, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_of_a_scan_in_segments_compile(case: Case, full: bool, architecture: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with overridden(**{"gated_scan.forward_segments": {"channels": 16384}}):
         found = launches(case, torch.bfloat16, {"B": 1, "T": 32768, "D": 1024, "P": 1024}, full, monkeypatch)
     names = [kernel.__name__ for kernel, *_ in found]

@@ -36,6 +36,7 @@ def forward_kernel(
     BT: tl.constexpr,
     BC: tl.constexpr,
 ):
+    """`y_t = Σ_j w_j x_{t−j}`: BT tokens of BC channels, a read of x a tap; `y` is contiguous."""
     stripes = tl.cdiv(C, BC)
     tiles = tl.cdiv(T, BT)
     batch = (tl.program_id(0) // stripes // tiles).to(tl.int64)

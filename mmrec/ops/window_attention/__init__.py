@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from mmrec.ops.common import check_scan_inputs, check_shape
+from mmrec.ops.common import behind, check_scan_inputs, check_shape
 from mmrec.ops.window_attention.naive import window_attention_naive
 from mmrec.ops.window_attention.operator import window_attention_op
-from mmrec.ops.window_attention.state import WindowState, behind, first_visible, next_state
+from mmrec.ops.window_attention.state import WindowState, first_visible, next_state
 
 __all__ = ["WindowState", "window_attention", "window_attention_naive"]
 

@@ -23,11 +23,6 @@ class WindowState(NamedTuple):
     seen: Tensor
 
 
-def behind(past: Tensor, tensor: Tensor) -> Tensor:
-    """A state's tokens and then the sequence's, in the sequence's dtype."""
-    return torch.cat([past.to(tensor.dtype), tensor], dim=1)
-
-
 def first_visible(q: Tensor, window: int, seen: Tensor | None, reset: Tensor | None) -> Tensor | None:
     """The first token that each query sees, (B, T) int32, counted from the state's oldest one, which is W − 1 before the sequence.
 

@@ -1,0 +1,117 @@
+"""The estimate of memory against what a network on the CPU really holds: UBÖO's part, layer by layer and above the blocks."""
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from mmrec.commandline.memory_estimate import Estimate, estimate
+from mmrec.config import MMRecConfig
+from mmrec.core.next_state import NextState
+from mmrec.core.token_order import TokenOrder
+from mmrec.model import MMRecModel
+
+SIZES = {"vocab_size": 48, "model_dim": 64, "num_layers": 4, "num_heads": 1, "ffn_dim": 64, "loss_chunk_size": 32}
+BATCH, TIME = 3, 64
+LAYERS = [
+    {"planning_loss": "mse"},
+    {"planning_loss": "mse", "planning_error_dim": 16, "planning_layers": "last"},
+    {"planning_loss": "mse", "planning_horizon": 2},
+    {"planning_loss": "normalized", "planning_error_dim": 32},
+    {"planning_loss": "normalized", "planning_horizon": 4},
+    {"planning_loss": "ema", "planning_layers": "upper"},
+]
+ABOVE = [{"planning_loss": "decode"}, {"planning_loss": "order"}]
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the tensors made within it that are still there, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if isinstance(tensor, torch.Tensor)]
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_iter(made):  # a view holds nothing of its own
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in (*given, *self._known):
+                storage = tensor.untyped_storage()
+                self._known.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
+        return made
+
+    def _gone(self, which: int, size: int) -> None:
+        self._known.discard(which)
+        self.now -= size
+
+
+def estimated(precision: str, fields: Mapping[str, Any]) -> Estimate:
+    data = {"init_args": {"batch_size": BATCH, "seq_len": TIME}}
+    return estimate("x", {"trainer": {"precision": precision}, "model": {"network": {**SIZES, **fields}}, "data": data})
+
+
+def held_after_the_forward(precision: str, fields: Mapping[str, Any]) -> int:
+    torch.manual_seed(0)
+    network = MMRecModel(MMRecConfig(**{**SIZES, **fields}))
+    network = network.to(torch.bfloat16) if precision == "bf16-true" else network
+    ids = torch.randint(SIZES["vocab_size"], (BATCH, TIME))
+    with Held() as held:
+        losses = network.loss({"input_ids": ids, "labels": ids})
+    assert losses.loss.requires_grad  # and holds what it was made of
+    return held.now
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+@pytest.mark.parametrize("fields", LAYERS + ABOVE, ids=lambda fields: " ".join(map(str, fields.values())))
+def test_what_uboo_keeps_for_the_backward_is_counted(fields: dict[str, Any], precision: str) -> None:
+    off = {"use_uboo": False}
+    held = held_after_the_forward(precision, fields) - held_after_the_forward(precision, off)
+    chunk = SIZES["loss_chunk_size"] * SIZES["vocab_size"]
+    counted = estimated(precision, fields).activations - estimated(precision, off).activations
+    counted -= chunk * {"decode": 20 - 8, "order": 16 - 8}.get(fields["planning_loss"], 0)  # not there yet
+    assert counted == pytest.approx(held, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("loss", "most"), [("decode", 20), ("order", 16)])
+def test_a_chunks_logits_above_the_blocks_are_counted(loss: str, most: int, dtype: torch.dtype) -> None:
+    config = MMRecConfig(vocab_size=4096, model_dim=8, num_layers=1, num_heads=1, loss_chunk_size=64, planning_loss=loss)
+    planner = (NextState if loss == "decode" else TokenOrder)(config).to(dtype)
+    hidden = torch.randn(1, 256, 8, dtype=dtype, requires_grad=True)
+    head, labels = torch.randn(4096, 8, dtype=dtype), torch.randint(4096, (1, 256))
+    with Held() as held:
+        planning = planner(hidden, hidden.detach(), head, None) if loss == "decode" else planner(hidden, labels, None)
+        planning.mean().backward()
+    assert held.most == pytest.approx(most * 64 * 4096, rel=0.1)
+    large, small = (estimated("32-true", {"planning_loss": loss, "vocab_size": size}) for size in (2048, 1024))
+    assert large.activations - small.activations == most * SIZES["loss_chunk_size"] * 1024
+
+
+@pytest.mark.parametrize("fields", [{"use_uboo": False}, *LAYERS, *ABOVE], ids=lambda fields: " ".join(map(str, fields.values())))
+def test_parameters_are_exact_and_frozen_ones_have_weights_alone(fields: dict[str, Any]) -> None:
+    network = MMRecModel(MMRecConfig(**{**SIZES, **fields}))
+    row = estimated("32-true", fields)
+    assert row.parameters == sum(parameter.numel() for parameter in network.parameters())
+    assert row.parameters_inference == sum(value.numel() for value in MMRecModel(**SIZES, use_uboo=False).parameters())
+    assert row.weights == 4 * row.parameters
+    ids = torch.randint(SIZES["vocab_size"], (1, 8))
+    network.loss({"input_ids": ids, "labels": ids}).loss.backward()
+    trained = sum(parameter.grad.numel() for parameter in network.parameters() if parameter.grad is not None)
+    assert (row.gradients, row.optimizer) == (4 * trained, 8 * trained)
+    assert (trained < row.parameters) == (fields.get("planning_loss") in ("normalized", "ema"))
+
+
+def test_recomputed_blocks_keep_one_planning_error() -> None:
+    def added(**fields: Any) -> int:
+        checkpointed = {"activation_checkpointing": True, **fields}
+        return estimated("32-true", checkpointed).activations - estimated("32-true", {**checkpointed, "use_uboo": False}).activations
+
+    assert added() == added(planning_layers="last") == BATCH * TIME * 8 * SIZES["model_dim"]
