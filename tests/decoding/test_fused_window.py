@@ -104,14 +104,14 @@ def test_matrices_stay_in_their_places() -> None:
 
 def test_states_of_another_window_are_refused() -> None:
     decoder = Decoder(windowed(window=3), fused=True)
-    with pytest.raises(ValueError, match=r"a window's tensors of .*\(1, 4, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"a window's tensors and the tokens convolved of .*\(1, 4, 2, 8\)"):
         decoder.load(windowed(window=5).init_state(1))
 
 
 def test_states_of_another_convolution_are_refused() -> None:
     decoder = Decoder(windowed(window=3), fused=True)
     for taps in (1, 3):
-        with pytest.raises(ValueError, match=r"a window's tensors of .*; give .*\(1, 3, 32\)\]"):
+        with pytest.raises(ValueError, match=r"a window's tensors and the tokens convolved of .*; give .*\(1, 3, 32\)\]"):
             decoder.load(windowed(window=3, window_conv=taps).init_state(1))
 
 
