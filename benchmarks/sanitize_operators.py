@@ -69,18 +69,25 @@ def newton_is_right() -> bool:
 
 @dataclass(frozen=True)
 class BlockCase:
-    """A block with H heads of K channels: what it runs fused depends on their number and width, and on the dtype."""
+    """A block with H heads of K channels: what it runs fused depends on their number and width, and on the dtype.
+
+    Attributes:
+        carried: whether it starts from a state, and documents start within the sequence.
+        window: tokens of a window in the matrix' place, with document starts and, as the fused form has none, no state; 0: a matrix.
+    """
 
     B: int
     T: int
     H: int
     K: int
     dtype: torch.dtype
-    carried: bool
+    carried: bool = False
+    window: int = 0
 
     def missed(self, where: torch.device) -> list[str]:
         """Gradients of its input, its weights and its state that are off against float64 on the CPU."""
-        block = MMRecBlock(model_dim=self.H * self.K, num_heads=self.H, pe_dim=self.H * self.K // 2, ffn_dim=48, use_uboo=False)
+        memory = {"window_every": 1, "window": self.window} if self.window else {}
+        block = MMRecBlock(model_dim=self.H * self.K, num_heads=self.H, pe_dim=self.H * self.K // 2, ffn_dim=48, use_uboo=False, **memory)
         sizes = {"x": (self.B, self.T, self.H * self.K), "h": (self.B, self.H * self.K), "M": (self.B, self.H, self.K, self.K)}
         inputs = {name: torch.randn(size).to(self.dtype) for name, size in sizes.items()}
         reset = torch.rand(self.B, self.T) < 0.1
@@ -96,7 +103,7 @@ class BlockCase:
     def _gradients(self, block: MMRecBlock, inputs: dict[str, torch.Tensor], reset: torch.Tensor) -> dict[str, torch.Tensor]:
         leaves = {name: tensor.requires_grad_() for name, tensor in inputs.items() if name == "x" or self.carried}
         state = BlockState(leaves["h"], leaves["M"]) if self.carried else None
-        y, after = block(leaves["x"], state=state, reset=reset if self.carried else None, return_state=True)
+        y, after = block(leaves["x"], state=state, reset=reset if self.carried or self.window else None, return_state=True)
         leaves |= dict(block.named_parameters())
         total = y.square().mean() + (after.h.square().mean() + after.M.square().mean() if self.carried else 0)
         return dict(zip(leaves, torch.autograd.grad(total, list(leaves.values())), strict=True))
@@ -108,6 +115,7 @@ BLOCKS = [
     *(BlockCase(2, 70, 1, 256, dtype, True) for dtype in (FP32, BF16)),
     *(BlockCase(13, 131, 5, 128, BF16, carried) for carried in (True, False)),  # many heads: the forward's memories are kept
     *(BlockCase(3, 1, 2, 64, dtype, True) for dtype in (FP32, BF16)),
+    *(BlockCase(2, 131, 2, width, dtype, window=50) for dtype in (FP32, BF16) for width in (20, 64, 128)),
 ]
 
 
