@@ -21,7 +21,7 @@ from document_sources import (
     values,
     with_values,
 )  # fmt: skip
-from document_study import ARMS, METRICS, mean_of
+from document_study import ARMS, METRICS, mean_of, owed_studies
 from document_training import UBOO_7B, added_memory, owed_cases, uboo_rows
 
 # By metric of the study: what it is called, and the nearer end of what is hoped for, in percent.
@@ -48,10 +48,10 @@ def state(results: Results) -> str:
             return [section, UNKNOWN, f"all of it{_owed(source)}"]
         return [section, _place(measured), owed or UNKNOWN]
 
-    hem, training = found[HEM], found[TRAINING]
+    hem, training, study = found[HEM], found[TRAINING], found[STUDY]
     lines = [
         line("1.1 HEM", HEM, "; ".join(_hem_owed(hem.rows)) if hem else ""),
-        line("1.2.1 UBÖO, convergence", STUDY),
+        line("1.2.1 UBÖO, convergence", STUDY, owed_studies(study.rows) if study else ""),
         line("1.2.1 Recall", RECALL),
         line("1.2.1 Long texts", LENGTH),
     ]

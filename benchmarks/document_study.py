@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
-from document_sources import STUDY, Measured, Results, Row, groups, with_values
+from document_sources import STUDY, Measured, Results, Row, groups, values, with_values
 
 ARMS = ("off", "mse", "normalized")
 METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
@@ -38,6 +38,11 @@ def over_seeds(rows: Sequence[Row], value: Callable[[Row], float | None], form: 
     return format(statistics.fmean(found), form) + spread
 
 
+def owed_studies(rows: Sequence[Row]) -> str:
+    """Which of the studies that have a table have no row."""
+    return ", ".join(f"`--study {name}`" for name in ("protocol", "uboo", "finalist") if not any(with_values(rows, study=name)))
+
+
 @table
 def uboo_convergence(results: Results) -> str:
     """§1.2.1: the founding document's protocol."""
@@ -54,7 +59,7 @@ def uboo_convergence(results: Results) -> str:
         return markdown(titles, lines)
 
     if measured is None:
-        return captioned(body([]), owed_caption(STUDY))
+        return captioned(body([]), owed_caption(STUDY, _command("protocol")))
     parts = []
     for (parameters, steps, tokens), found in groups(rows, lambda row: tuple(row.get(key) for key in ("params_m", "steps", "tokens_m"))):
         seeds = len({row.get("seed") for row in found})
@@ -73,12 +78,26 @@ def _study(results: Results, name: str) -> tuple[Measured | None, list[Row]]:
     return (measured if rows else None), rows
 
 
+def _command(study: str) -> str:
+    return f"{STUDY.command} --study {study} --tokens-dir tokens/books"
+
+
+def _setting(rows: Sequence[Row]) -> str:
+    """Of what size, how long and from which seeds a study's rows are."""
+    forms = {"params_m": (",.0f", "M parameters"), "tokens_m": (",.0f", "M tokens"), "lr": ("g", "learning rate"), "seed": ("d", "seeds")}
+    parts = []
+    for key, (form, what) in forms.items():
+        numbers = ", ".join(dict.fromkeys(format(value, form) for value in sorted(values(rows, key))))
+        parts.append(f"{numbers} {what}" if what.startswith("M ") else f"{what} {numbers}")
+    return "; ".join(parts)
+
+
 @table
 def uboo_variants(results: Results) -> str:
     """§1.2.1: one factor at a time."""
     measured, rows = _study(results, "uboo")
     if measured is None:
-        return captioned("", owed_caption(STUDY))
+        return captioned("", owed_caption(STUDY, _command("uboo")))
     off = mean_of([row for row in rows if row.get("uboo") == "off"], lambda row: row.get("val_loss"))
     arms = []
     for (uboo, variant, orthogonalize, lambda_p), found in groups(
@@ -92,7 +111,8 @@ def uboo_variants(results: Results) -> str:
         arms.append((math.inf if loss is None else loss, [*settings, losses[0], apart, losses[1], *seen]))
     titles = ("variant", "UBÖO", "orthogonalize", "λ_P", "validation loss, nats", "against off", "on C4", *DIAGNOSES)
     lines = [line for _, line in sorted(arms, key=lambda arm: arm[0])]
-    return captioned(markdown(titles, lines), measured_caption(measured, rows, STUDY.command))
+    noise = "Two seeds of one network differ by some 0.01: less than 0.02 between single runs says nothing."
+    return captioned(markdown(titles, lines), f"{_setting(rows)}. {noise} {measured_caption(measured, rows, _command('uboo'))}")
 
 
 @table
@@ -100,7 +120,7 @@ def finalists(results: Results) -> str:
     """§1.2.1: the network against others of equal size."""
     measured, rows = _study(results, "finalist")
     if measured is None:
-        return captioned("", owed_caption(STUDY))
+        return captioned("", owed_caption(STUDY, _command("finalist")))
     lines = []
     for (model, variant, parameters, tokens), found in groups(
         rows, lambda row: tuple(row.get(key) for key in ("model", "variant", "params_m", "tokens_m"))
@@ -109,4 +129,4 @@ def finalists(results: Results) -> str:
         sizes = [cell(parameters, ",.1f"), cell(tokens, ",.0f"), str(len(found))]
         lines.append([f"{model}{f', {variant}' if variant else ''}", *sizes, *losses])
     titles = ("network", "M parameters", "M tokens", "seeds", "validation loss, nats", "on C4")
-    return captioned(markdown(titles, lines), measured_caption(measured, rows, STUDY.command))
+    return captioned(markdown(titles, lines), measured_caption(measured, rows, _command("finalist")))

@@ -21,7 +21,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def parity(dtype: torch.dtype, compiled: bool, use_hem: bool, device: str) -> dict[str, Any]:
     """Errors of one setting, with fresh random inputs and documents that start within the sequences."""
-    model = MMRecModel(vocab_size=101, model_dim=64, num_layers=2, num_heads=2, pe_dim=16, use_hem=use_hem, orthogonalize=True)
+    sizes = {"vocab_size": 101, "model_dim": 64, "num_layers": 3, "num_heads": 2, "pe_dim": 16, "window": 50}  # one layer of three has it
+    model = MMRecModel(**sizes, use_hem=use_hem, orthogonalize=True)
     batch = {"input_ids": torch.randint(101, (2, 130)), "labels": torch.randint(-1, 101, (2, 130)), "reset": torch.rand(2, 130) < 0.05}
     exact = MMRecModel(model.config).double()
     exact.load_state_dict(model.to(dtype).state_dict())

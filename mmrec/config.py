@@ -90,7 +90,8 @@ class MMRecConfig:
         for name in (*positive, "loss_chunk_size", "window_every", "window", "window_conv", "planning_horizon"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
+                none = ", or null for no windows" if name == "window_every" else ""
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least 1{none}")
         if self.model_dim % self.heads:
             raise ValueError(f"num_heads = {self.heads} does not divide model_dim = {self.model_dim}; choose a divisor")
         if self.model_dim % self.pe_width:

@@ -66,7 +66,10 @@ def find_config(name: str, beside: Path | None = None) -> Path:
         return overlay
     if given.is_dir():
         raise IsADirectoryError(f"config {name} is a folder, not a YAML file")
-    hint = did_you_mean(nearest_name(stem, shipped, cutoff=0.6)) or "."
+    folder = shipped_config_folder()
+    others = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.glob(f"*/*{SUFFIXES[0]}"))]
+    wanted = str(given.with_suffix("")) if given.name != name else stem
+    hint = did_you_mean(nearest_name(wanted, [*shipped, *others], cutoff=0.6)) or "."
     raise FileNotFoundError(f"no config {name}{hint} Shipped ones: {', '.join(shipped)}")
 
 
