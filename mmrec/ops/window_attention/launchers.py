@@ -62,12 +62,13 @@ def launch_forward(
     lse = call.numbers_of(call.batch, call.heads, call.time)
 
     constants = call.constants("forward")
-    c, local = launch_decays(log_alpha, max(constants["BM"], constants["BN"]))
+    group = _group(constants)
+    c, local = launch_decays(log_alpha, group["G"])
 
     def prepare() -> Call:
         grid = (blocks(call.V, constants["BV"]) * blocks(call.time, constants["BM"]) * call.batch * call.heads,)
         numbers = (*q.stride(), *k.stride(), *v.stride(), *temperature.stride(), *r.stride(), local.shape[-1], *call.sizes())
-        return Call(grid, numbers, constants | {"G": max(constants["BM"], constants["BN"])})
+        return Call(grid, numbers, constants | group)
 
     first = None if first is None else first.contiguous()
     launch(forward_kernel, (q, k, v, c, local, temperature, first, r, lse), prepare, *call.key)
@@ -98,7 +99,7 @@ def launch_backward(
     others = call.numbers_of(call.batch, call.heads, call.time)
     later = call.numbers_of(call.batch, call.heads, call.length)
     of_queries, of_keys = call.constants("queries"), call.constants("keys")
-    group = {"G": max(options[tile] for options in (of_queries, of_keys) for tile in ("BM", "BN"))}
+    group = _group(of_queries, of_keys)
     c, local = launch_decays(log_alpha, group["G"])
     # Rows of whole tiles: each of them is read in vectors.
     padded = blocks(call.time, of_keys["BM"]) * of_keys["BM"]
@@ -123,6 +124,11 @@ def launch_backward(
     launch(keys_kernel, (q, k, v, dr, c, temperature, first, ends, shift, delta, others, dk, dv, later), keys, *call.key)
     add_parts(parts, dtemperature)
     dlog_alpha.copy_(decay_gradients(others, later))
+
+
+def _group(*constants: dict[str, Any]) -> dict[str, int]:
+    """The tokens of a group of fp32 decays, as the kernels' constant: tiles are powers of two, so that the longest is a multiple of all."""
+    return {"G": max(options[tile] for options in constants for tile in ("BM", "BN"))}
 
 
 def _ends_of_queries(first: Tensor, length: int, block: int) -> Tensor:
