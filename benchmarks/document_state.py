@@ -21,7 +21,7 @@ from document_sources import (
     values,
     with_values,
 )  # fmt: skip
-from document_study import ARMS, METRICS, mean_of, owed_studies
+from document_study import ARMS, METRICS, means_of_both, owed_studies
 from document_training import UBOO_7B, added_memory, owed_cases, uboo_rows
 
 # By metric of the study: what it is called, and the nearer end of what is hoped for, in percent.
@@ -91,11 +91,10 @@ def hoped_and_measured(results: Results) -> str:
         ("variance of the loss", 2, -40),
     ):
         value = METRICS[metric][3]
-        off, *others = (mean_of(arms[arm], value) for arm in ARMS)
-        changes = [None if not off or other is None else 100 * (other / off - 1) for other in others]
+        changes = [_points(*means_of_both(arms["off"], arms[arm], value)) for arm in ARMS[1:]]
         told = [(f"`{arm}`", points) for arm, points in zip(ARMS[1:], changes, strict=True) if points is not None]
         measured = ", ".join(f"{arm} {percent(points)}" for arm, points in told) or UNKNOWN
-        reached = ", ".join(f"{arm} {'yes' if points <= limit else 'no'}" for arm, points in told) or UNKNOWN
+        reached = ", ".join(f"{arm} {_reached(points, limit)}" for arm, points in told) or UNKNOWN
         lines.append([f"UBÖO: {title}", METRICS[metric][1], measured, reached])
     lines.append(["UBÖO: peak memory of forward and backward at 7B", "+8 … +10 % (1.5 … 2 GB)", *added_memory(results)])
     missing = [captioned("", owed_caption(source)) for source, found in ((HEM, hem), (STUDY, study)) if found is None]

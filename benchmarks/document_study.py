@@ -29,9 +29,29 @@ def mean_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float 
     return statistics.fmean(found) if found else None
 
 
+def compared(off: Sequence[Row], arm: Sequence[Row], value: Callable[[Row], float | None]) -> list[tuple[float, float]]:
+    """What both have, without and with, a pair a seed; a seed that one of them lacks would compare seeds instead of arms."""
+    without = {row.get("seed"): value(row) for row in off}
+    pairs = ((without.get(row.get("seed")), value(row)) for row in arm)
+    return [(before, after) for before, after in pairs if before is not None and after is not None]
+
+
+def means_of_both(off: Sequence[Row], arm: Sequence[Row], value: Callable[[Row], float | None]) -> tuple[float, float] | tuple[None, None]:
+    """Means without and with, over the seeds that both have."""
+    pairs = compared(off, arm, value)
+    if not pairs:
+        return None, None
+    before, after = zip(*pairs, strict=True)
+    return statistics.fmean(before), statistics.fmean(after)
+
+
 def over_seeds(rows: Sequence[Row], value: Callable[[Row], float | None], form: str) -> str:
     """Mean and range over seeds."""
-    found = [number for number in map(value, rows) if number is not None]
+    return mean_and_range([number for number in map(value, rows) if number is not None], form)
+
+
+def mean_and_range(found: Sequence[float], form: str) -> str:
+    """Of some numbers; unknown of none."""
     if not found:
         return UNKNOWN
     spread = f" ({format(min(found), form)} … {format(max(found), form)})" if len(found) > 1 else ""
@@ -52,9 +72,8 @@ def uboo_convergence(results: Results) -> str:
         arms = {arm: list(with_values(rows, uboo=arm)) for arm in ARMS}
         lines = []
         for title, predicted, form, value in METRICS:
-            off, mse, normalized = (mean_of(arms[arm], value) for arm in ARMS)
             cells = [over_seeds(arms[arm], value, form) for arm in ARMS]
-            lines.append([title, *cells, predicted, change(off, mse), change(off, normalized)])
+            lines.append([title, *cells, predicted, *(change(*means_of_both(arms["off"], arms[arm], value)) for arm in ARMS[1:])])
         titles = ("metric", "UBÖO off", "UBÖO `mse`", "UBÖO `normalized`", "predicted", "measured: `mse`", "measured: `normalized`")
         return markdown(titles, lines)
 
@@ -62,13 +81,18 @@ def uboo_convergence(results: Results) -> str:
         return captioned(body([]), owed_caption(STUDY, _command("protocol")))
     parts = []
     for (parameters, steps, tokens), found in groups(rows, lambda row: tuple(row.get(key) for key in ("params_m", "steps", "tokens_m"))):
-        seeds = len({row.get("seed") for row in found})
+        seeds = ", ".join(f"{arm} {sum(1 for _ in with_values(found, uboo=arm))}" for arm in ARMS)
         deviation = (
             f"{cell(parameters, ',.0f')} M parameters instead of 7B, books instead of C4, {cell(steps, ',d')} steps, "
-            f"{cell(tokens, ',.0f')} M tokens, {seeds} seeds: means and ranges"
+            f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have"
         )
         parts.append(captioned(body(found), f"{deviation}. {measured_caption(measured, found, STUDY.command, stands_in=True)}"))
     return "\n\n".join(parts)
+
+
+def _loss(row: Row) -> float | None:
+    loss: float | None = row.get("val_loss")
+    return loss
 
 
 def _study(results: Results, name: str) -> tuple[Measured | None, list[Row]]:
@@ -98,21 +122,24 @@ def uboo_variants(results: Results) -> str:
     measured, rows = _study(results, "uboo")
     if measured is None:
         return captioned("", owed_caption(STUDY, _command("uboo")))
-    off = mean_of([row for row in rows if row.get("uboo") == "off"], lambda row: row.get("val_loss"))
+    off = list(with_values(rows, uboo="off"))
     arms = []
     for (uboo, variant, orthogonalize, lambda_p), found in groups(
         rows, lambda row: tuple(row.get(key) for key in ("uboo", "variant", "orthogonalize", "lambda_P"))
     ):
-        loss = mean_of(found, lambda row: row.get("val_loss"))
-        apart = UNKNOWN if loss is None or off is None else f"{loss - off:+.4f}"
+        apart = [after - before for before, after in compared(off, found, _loss)]
         settings = [str(value if value is not None else UNKNOWN) for value in (variant, uboo, orthogonalize, lambda_p)]
+        settings.append(str(len(found)))
         seen = [cell(mean_of(found, lambda row, key=key: row.get(key)), form) for key, form in DIAGNOSES.values()]
         losses = [over_seeds(found, lambda row, key=key: row.get(key), ".4f") for key in ("val_loss", "val_loss_c4")]
-        arms.append((math.inf if loss is None else loss, [*settings, losses[0], apart, losses[1], *seen]))
-    titles = ("variant", "UBÖO", "orthogonalize", "λ_P", "validation loss, nats", "against off", "on C4", *DIAGNOSES)
+        order = statistics.fmean(apart) if apart else math.inf
+        arms.append((order, [*settings, losses[0], UNKNOWN if uboo == "off" else mean_and_range(apart, "+.4f"), losses[1], *seen]))
+    titles = ("variant", "UBÖO", "orthogonalize", "λ_P", "seeds", "validation loss, nats", "against off, by seed", "on C4", *DIAGNOSES)
     lines = [line for _, line in sorted(arms, key=lambda arm: arm[0])]
-    noise = "Two seeds of one network differ by some 0.01: less than 0.02 between single runs says nothing."
-    return captioned(markdown(titles, lines), f"{_setting(rows)}. {noise} {measured_caption(measured, rows, _command('uboo'))}")
+    losses_off = [loss for loss in map(_loss, off) if loss is not None]
+    apart = max(losses_off) - min(losses_off) if len(losses_off) > 1 else None
+    noise = "" if apart is None else f" Off's own seeds lie {apart:.3f} nats apart: single seeds say nothing below that."
+    return captioned(markdown(titles, lines), f"{_setting(rows)}.{noise} {measured_caption(measured, rows, _command('uboo'))}")
 
 
 @table
@@ -127,6 +154,10 @@ def finalists(results: Results) -> str:
     ):
         losses = [over_seeds(found, lambda row, key=key: row.get(key), ".4f") for key in ("val_loss", "val_loss_c4")]
         sizes = [cell(parameters, ",.1f"), cell(tokens, ",.0f"), str(len(found))]
-        lines.append([f"{model}{f', {variant}' if variant else ''}", *sizes, *losses])
-    titles = ("network", "M parameters", "M tokens", "seeds", "validation loss, nats", "on C4")
-    return captioned(markdown(titles, lines), measured_caption(measured, rows, _command("finalist")))
+        loss = mean_of(found, _loss)
+        beside = mean_of([row for row in rows if row.get("model") == "transformer++" and row.get("tokens_m") == tokens], _loss)
+        apart = UNKNOWN if loss is None or beside is None or model == "transformer++" else f"{loss - beside:+.4f}"
+        rates = ", ".join(format(rate, "g") for rate in sorted(set(values(found, "lr"))))
+        lines.append([f"{model}{f', {variant}' if variant else ''}", *sizes, rates or UNKNOWN, losses[0], apart, losses[1]])
+    titles = ("network", "M parameters", "M tokens", "seeds", "learning rate", "validation loss, nats", "against the Transformer", "on C4")
+    return captioned(markdown(titles, lines), "Means and ranges over seeds. " + measured_caption(measured, rows, _command("finalist")))

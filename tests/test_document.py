@@ -222,6 +222,7 @@ def test_training_decoding_and_the_study_are_filled(document: ModuleType, tmp_pa
         for seed in (0, 1)
         for uboo, loss, steps in (("off", 0.0, 10000), ("mse", 0.0, 9000), ("normalized", 0.1, 8000 + seed))
     ]  # fmt: skip
+    study.append(of_study | {"uboo": "off", "seed": 2, "val_loss": 4.0, "steps_to_baseline": 20000})  # the others have no such seed
     made = written(
         document,
         tmp_path,
@@ -242,8 +243,12 @@ def test_training_decoding_and_the_study_are_filled(document: ModuleType, tmp_pa
     assert "*One sequence, 1 to 1,000,000 tokens read: the slowest token takes 2.0 % more than the fastest.*" in made
     assert "*Logits against an fp32 copy's, 1 settings: 0 missed.*" in made
     assert "| decode | fused | L 24, D 4096, H 32 | – | 1 | 1,000,000 | – | 5.000 | 4.400 | 88 % | – | – |" in made
-    assert "| 10,000 (10,000 … 10,000) | 9,000 (9,000 … 9,000) | 8,000 (8,000 … 8,001) | −20 … −30 % | −10.0 % | −20.0 % |" in made
-    assert "books instead of C4, 10,000 steps, 82 M tokens, 2 seeds" in made
+    assert "| 13,333 (10,000 … 20,000) | 9,000 (9,000 … 9,000) | 8,000 (8,000 … 8,001) | −20 … −30 % | −10.0 % | −20.0 % |" in made
+    assert (
+        "| UBÖO: steps to the baseline's final loss | −20 … −30 % | `mse` −10.0 %, `normalized` −20.0 % | `mse` no, `normalized` yes |"
+        in made
+    )
+    assert "books instead of C4, 10,000 steps, 82 M tokens; seeds: off 3, mse 2, normalized 2" in made
 
 
 def test_the_newest_file_of_a_gpu_is_taken_and_no_cpus(document: ModuleType, tmp_path: Path) -> None:
