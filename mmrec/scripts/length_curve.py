@@ -24,12 +24,12 @@ from mmrec.commandline.errors import BadInputError, one_line_errors
 from mmrec.commandline.plain_parser import PlainParser, output_file, whole_number
 from mmrec.measuring.machine import device, device_name, short_name
 from mmrec.studies.books import read_books, windows_of, write_sample_books
-from mmrec.studies.length import BIN, IDENTITY, STUDY, Evaluation, check_length, measure, trained_length
+from mmrec.studies.length import BIN, IDENTITY, STUDY, Evaluation, check_length, descriptions, measure, trained_length
 from mmrec.studies.length_report import draw, table, verdicts
 from mmrec.studies.options import add_study_options, changed, require_gpu
 from mmrec.studies.plan import DEFAULT, Study, quick
 from mmrec.studies.row_file import RowFile
-from mmrec.studies.running import finish, run_all, workers_for
+from mmrec.studies.running import finish, missing, run_all, workers_for
 from mmrec.studies.runs import Row, Run
 
 _STUDY = Study(name=STUDY, what="loss by position beyond the training's length", arms=(DEFAULT,), tokens_m=98.14)
@@ -118,7 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.require_rows()
         else:
             runs = chosen(options, Path(folder))
-            reading = partial(measure, evaluation=evaluation(options, runs, Path(folder)))
+            books = evaluation(options, runs, Path(folder))
+            if options.only_missing:
+                runs = missing(runs, file, partial(descriptions, evaluation=books))
+            reading = partial(measure, evaluation=books)
             failures = run_all(reading, runs, workers_for(options.workers_per_gpu), keep)
         picture = draw(file.path.with_suffix(".png"), file.rows)
         return finish([table(file.rows), *verdicts(file.rows), picture, f"rows: {file.path}"], failures)

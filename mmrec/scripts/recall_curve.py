@@ -19,10 +19,10 @@ from mmrec.commandline.errors import one_line_errors
 from mmrec.commandline.plain_parser import PlainParser, output_file, whole_number
 from mmrec.measuring.machine import device, device_name, short_name
 from mmrec.studies.options import add_common_options, require_gpu
-from mmrec.studies.recall import IDENTITY, RecallStudy, measure
+from mmrec.studies.recall import IDENTITY, RecallStudy, description, measure
 from mmrec.studies.recall_report import draw, table
 from mmrec.studies.row_file import RowFile
-from mmrec.studies.running import finish, run_all, workers_for
+from mmrec.studies.running import finish, missing, run_all, workers_for
 from mmrec.studies.runs import Row
 
 _WORKERS = 4  # networks so small leave most of a GPU to others
@@ -90,7 +90,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot_only:
             file.require_rows()
         else:
-            failures = run_all(measure, chosen(options).runs(), workers_for(options.workers_per_gpu), keep)
+            runs = chosen(options).runs()
+            if options.only_missing:
+                runs = missing(runs, file, lambda run: [description(run)])
+            failures = run_all(measure, runs, workers_for(options.workers_per_gpu), keep)
         return finish([table(file.rows), *draw(file.path.with_suffix(".png"), file.rows), f"rows: {file.path}"], failures)
 
 

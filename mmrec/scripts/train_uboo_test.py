@@ -19,7 +19,7 @@ from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.studies.options import add_study_options, changed, require_gpu
 from mmrec.studies.plan import Study, quick, studies
 from mmrec.studies.report import StudyFile, summary
-from mmrec.studies.running import finish, run_all, workers_for
+from mmrec.studies.running import finish, missing, run_all, workers_for
 from mmrec.studies.training import Outcome, train
 
 
@@ -71,7 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.plot_only:
             file.require_rows()
         else:
-            failures = run_all(train, chosen(options, Path(folder)).runs(), workers_for(options.workers_per_gpu), keep)
+            runs = chosen(options, Path(folder)).runs()
+            if options.only_missing:
+                runs = missing(runs, file, lambda run: [run.description()])
+            failures = run_all(train, runs, workers_for(options.workers_per_gpu), keep)
         return finish([summary(file.rows), *file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"], failures)
 
 

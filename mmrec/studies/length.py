@@ -140,6 +140,11 @@ def summarised(losses: Losses, restarted: Losses, books: Sequence[str], trained:
     return rows
 
 
+def descriptions(run: Run, evaluation: Evaluation) -> list[Row]:
+    """A row a length, of the columns that are known before the training."""
+    return [run.description() | {"trained_length": trained_length(run), "length": length} for length in evaluation.lengths]
+
+
 def measure(run: Run, evaluation: Evaluation) -> list[Row]:
     """Train a run, then read the books in windows of each length."""
     trained, short = fit(run), trained_length(run)

@@ -27,6 +27,7 @@ def add_common_options(parser: argparse.ArgumentParser, workers: int) -> None:
     parser.add_argument(
         "--workers-per-gpu", type=whole_number, default=workers, help=f"runs side by side on a GPU (default: {workers}); more blur times"
     )
+    parser.add_argument("--only-missing", action="store_true", help="train only what --output has no row of, as after an interruption")
     parser.add_argument("--plot-only", action="store_true", help="train nothing: draw what --output holds")
 
 

@@ -103,12 +103,8 @@ class RecallStudy:
         return Run(study=STUDY, variant=variant_of(arm), content=content, seed=seed, validations=1, sizes=f"D {width} H {heads}")
 
 
-def measure(run: Run) -> Row:
-    """Train a run, and say what it recalls of the validation examples."""
-    trained = fit(run)
-    losses = trained.validate()
-    with trained.evaluation() as network:
-        recalled = accuracy(network, trained.data.val_dataloader())
+def description(run: Run) -> Row:
+    """The columns of a run's row that are known before it has run."""
     config, task = run.network, run.content["data"]["init_args"]
     if isinstance(config, BaselineConfig):
         carried, heads = state_bytes(config, 1, task["seq_len"]), config.num_heads
@@ -123,7 +119,6 @@ def measure(run: Run) -> Row:
         "num_layers": config.num_layers,
         "initializer_range": config.initializer_range,
         "state_bytes": carried,
-        **trained.parameters(),
         "seq_len": task["seq_len"],
         "num_pairs": task["num_pairs"],
         "train_pairs": ", ".join(map(str, task["train_pairs"] or [task["num_pairs"]])),
@@ -132,6 +127,18 @@ def measure(run: Run) -> Row:
         "batch_tokens": run.batch_tokens,
         "lr": run.learning_rate,
         "seed": run.seed,
+    }
+
+
+def measure(run: Run) -> Row:
+    """Train a run, and say what it recalls of the validation examples."""
+    trained = fit(run)
+    losses = trained.validate()
+    with trained.evaluation() as network:
+        recalled = accuracy(network, trained.data.val_dataloader())
+    return {
+        **description(run),
+        **trained.parameters(),
         "accuracy": recalled,
         **losses,
         "peak_gib": trained.peak_gib,

@@ -29,6 +29,11 @@ class RowFile:
         """What two rows of one and the same thing share."""
         return tuple(row.get(name) for name in self._identity)
 
+    def lacks(self, known: Row) -> bool:
+        """Whether no row has these values in those columns of the identity that `known` has."""
+        wanted = [(name, known[name]) for name in self._identity if name in known]
+        return not any(all(row.get(name) == value for name, value in wanted) for row in self.rows)
+
     def put(self, rows: Iterable[Row]) -> None:
         """Take rows in, NaN as None as the file will have it, and leave out those they replace."""
         new = [finite(row) for row in rows]

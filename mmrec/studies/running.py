@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from mmrec.measuring.failures import Failure
+from mmrec.measuring.machine import device, machine
 from mmrec.measuring.processes import map_in_processes
-from mmrec.studies.runs import Run
+from mmrec.studies.row_file import RowFile
+from mmrec.studies.runs import Row, Run
 from mmrec.studies.training import check
 
 _LONGEST = 3600.0 * 24  # seconds a run may take
@@ -24,6 +26,24 @@ def choose_gpu(worker: int) -> None:
 def workers_for(workers_per_gpu: int) -> int:
     """How many processes `run_all` shall use; without a GPU 0, which is this one."""
     return workers_per_gpu * torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def missing(runs: Sequence[Run], file: RowFile, rows_of: Callable[[Run], Iterable[Row]]) -> list[Run]:
+    """The runs of which a file lacks a row, as after an interruption; how many it has is printed.
+
+    Args:
+        runs: all of them.
+        file: what is there already.
+        rows_of: of each row that a run will give, the columns that are known before.
+    """
+    of_this_gpu = {"gpu": machine(device())["gpu"]}
+
+    def lacking(known: Row) -> bool:
+        return file.lacks({name: value for name, value in known.items() if name != "params_m"} | of_this_gpu)  # counted after training
+
+    left = [run for run in runs if any(map(lacking, rows_of(run)))]
+    print(f"{len(runs) - len(left)} of {len(runs)} runs are in {file.path}", flush=True)
+    return left
 
 
 def run_all(measure: Callable[[Run], Any], runs: Sequence[Run], workers: int, keep: Callable[[Any], str]) -> list[str]:

@@ -50,11 +50,19 @@ def test_a_run_that_fails_is_named_and_the_others_are_kept(
             raise RuntimeError("out of luck")
         return train(run)
 
-    monkeypatch.setattr(train_uboo_test, "train", fails)
     output = tmp_path / "convergence.json"
-    assert main(["--quick", "--steps", "2", "--seeds", "0", "--arms", "mm-rec", str(overlay), "--output", str(output)]) == 1
+    options = ["--quick", "--steps", "2", "--seeds", "0", "--arms", "mm-rec", str(overlay), "--output", str(output)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train_uboo_test, "train", fails)
+        assert main(options) == 1
     assert len(json.loads(output.read_text())) == 1
     assert "nonsense quick lr 0.003 seed 0: RuntimeError: out of luck" in capsys.readouterr().err
+
+    assert main([*options, "--only-missing"]) == 0
+    printed = capsys.readouterr().out
+    assert f"1 of 2 runs are in {output}" in printed
+    assert "[1/1] protocol mm-rec nonsense quick" in printed
+    assert [row["variant"] for row in json.loads(output.read_text())] == [None, "nonsense"]
 
 
 def test_a_run_that_diverges_is_said_to_and_costs_no_other_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

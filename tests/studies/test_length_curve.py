@@ -176,6 +176,8 @@ def test_the_command_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "         128–255" in printed
     assert printed.count("of the same tokens, read anew every 128") == 4
 
+    assert length_curve.main(["--quick", "--arms", "mm-rec", "transformer++", *sizes, "--only-missing"]) == 0
+    assert capsys.readouterr().out.startswith("2 of 2 runs are in rows.json\n")
     assert length_curve.main(["--quick", *sizes]) == 0  # the same network once more
     again = json.loads(Path("rows.json").read_text())
     assert len(again) == len(rows)

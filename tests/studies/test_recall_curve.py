@@ -138,6 +138,8 @@ def test_the_command_on_a_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     again = json.loads(Path("rows.json").read_text())
     assert again[2]["accuracy"] == rows[0]["accuracy"]
     assert len(again) == 3
+    assert recall_curve.main(["--arms", "mm-rec", *options, "--steps", "12", "--only-missing", "--seeds", "0", "1"]) == 0
+    assert "1 of 2 runs are in rows.json\n[1/1] recall mm-rec D 32 H 2 lr 0.01 seed 1" in capsys.readouterr().out
     assert recall_curve.main(["--plot-only", "--output", "rows.json"]) == 0
     assert "narrow, D 32, H 2" in capsys.readouterr().out
 
