@@ -13,6 +13,7 @@ from torchmetrics import MeanMetric
 
 from callbacks.scalars import is_log_step, log_scalars
 from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_hyperparameters, check_token_range, check_vocabulary
+from lightning_modules.compilation import compile_blocks
 from lightning_modules.float8 import check_float8, check_float8_batch, convert_to_float8
 from lightning_modules.gradients import auxiliary_gradient_statistics, clip_gradients
 from lightning_modules.graphed_step import GraphedStep
@@ -190,8 +191,7 @@ class MMRecLightningModule(LightningModule):
             convert_to_float8(self.network)
             self._in_float8 = True
         if self.hparams["compile_blocks"] and not self._blocks_compiled:
-            for block in self.network.blocks:
-                block.compile()
+            compile_blocks(self.network.blocks)
             self._blocks_compiled = True
 
     def _schedule_end(self) -> int:

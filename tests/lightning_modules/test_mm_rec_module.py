@@ -210,7 +210,7 @@ def test_validate_test_and_predict(tmp_path: Path, stubs: ModuleType) -> None:
 
 def test_the_blocks_are_compiled_and_nothing_else(tmp_path: Path, stubs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[Any] = []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: compiled.append(self))
     module = stubs.make_module(compile_blocks=True)
     trainer = stubs.make_trainer(tmp_path, logger=False, max_steps=1)
     trainer.fit(module, datamodule=stubs.StubData())
