@@ -33,6 +33,7 @@ from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
 from mmrec.commandline.commands import OUR_COMMANDS, TRAINER_COMMANDS
 from mmrec.commandline.configs import shipped_configs
 from mmrec.commandline.errors import BadInputError
+from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.preflight import check_before_building, require_groups
 from mmrec.commandline.run_folder import RunFolder, default_root
@@ -295,6 +296,7 @@ def run_trainer(arguments: Sequence[str]) -> None:
     """
     if len(arguments) == 1 and arguments[0] in TRAINER_COMMANDS:
         raise BadInputError(_without_config(arguments[0]))
+    ignore_known_warnings()
     expanded = expand_configs(arguments)
     listed = {} if arguments[0] in RunCLI.subcommands() else {name: command.build_parser() for name, command in OUR_COMMANDS.items()}
     RunCLI(expanded.arguments, expanded.config_names, listed)

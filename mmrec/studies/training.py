@@ -16,6 +16,7 @@ from callbacks import AuxiliaryLossCurves, StepLatency
 from lightning_modules import BaselineLightningModule, MMRecLightningModule
 from lightning_modules.checks import check_vocabulary
 from mmrec.commandline.errors import BadInputError
+from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.preflight import build_data_module
 from mmrec.config import MMRecConfig
 from mmrec.measuring.machine import device, machine
@@ -106,6 +107,7 @@ def check(run: Run) -> None:
 def fit(run: Run) -> Trained:
     """Train a run's network on the current device; what is then measured of it is its study's business."""
     where = device()
+    ignore_known_warnings()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what devices there are, a line for every run
     seed_everything(run.seed, verbose=False)
     data, module = _data(run), _module(run)

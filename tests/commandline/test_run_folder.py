@@ -216,3 +216,9 @@ def test_lightning_s_own_callbacks_can_be_named(tiny_config: Path, cli) -> None:
     assert cli("fit", "--config", str(tiny_config), "--config", "x.yaml", "--trainer.max_steps", "1").code == 0
     saved = yaml.safe_load(Path("runs/tiny+x/config.yaml").read_text())
     assert saved["trainer"]["callbacks"][0]["init_args"]["interval"] == "step"
+
+
+def test_a_run_warns_of_nothing(tiny_config: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """What libraries say about themselves would hide what a user can mend."""
+    fit(tiny_config)
+    assert [str(warning.message) for warning in recwarn] == []

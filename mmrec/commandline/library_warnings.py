@@ -1,0 +1,16 @@
+"""Warnings of libraries about themselves, or about what is meant here: they would hide those that a user can do something about."""
+
+import warnings
+
+_KNOWN = (
+    ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's use of torch
+    ".*'set_vital' is deprecated",  # torchdata's use of torch
+    "Your `IterableDataset` has `__len__` defined",  # it counts a rank's batches, whatever the number of workers
+    ".*does not have many workers",  # memory-mapped tokens need none
+)
+
+
+def ignore_known_warnings() -> None:
+    """Silence them in this process."""
+    for message in _KNOWN:
+        warnings.filterwarnings("ignore", message=message)
