@@ -102,7 +102,9 @@ def _depth(entry: str) -> int:
 
 def _reduce_union(message: str, context: _Context) -> str:
     head, _, tail = message.partition("Errors:")
-    body, _, given = tail.partition("Given value type:")
+    body, found, given = tail.rpartition("Given value type:")  # the last is this union's, others are of unions within
+    if not found:
+        body, given = tail, ""
     value = given.partition("Given value:")[2].strip()
     nested = re.fullmatch(r"NestedArg\(key='(?P<key>[^']+)', val='(?P<value>.*)'\)", value, re.DOTALL)
     entries = _entries(inspect.cleandoc(body.strip("\n")))
@@ -139,6 +141,7 @@ def _alternatives(entries: Sequence[str]) -> str:
 def _expected(entry: str) -> str:
     """`Expected a <class 'int'>` as `int`."""
     text = re.sub(r"^Expected an? ", "", " ".join(entry.split()))
+    text = text.partition(". Got value: ")[0]  # a list's item; the whole list is told
     if text.startswith("Not a valid subclass"):
         return "a class path, or a mapping with class_path and init_args,"
     if match := re.match(r"Not of type (\w+)", text):
