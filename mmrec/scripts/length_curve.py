@@ -29,7 +29,7 @@ from mmrec.studies.length_report import draw, table, verdicts
 from mmrec.studies.options import add_study_options, changed, require_gpu
 from mmrec.studies.plan import DEFAULT, Study, quick
 from mmrec.studies.row_file import RowFile
-from mmrec.studies.running import finish, missing, run_all, workers_for
+from mmrec.studies.running import Plan, carry_out, finish
 from mmrec.studies.runs import Row, Run
 
 _STUDY = Study(name=STUDY, what="loss by position beyond the training's length", arms=(DEFAULT,), tokens_m=98.14)
@@ -113,16 +113,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bins = [row for row in rows if row["what"] == BIN]
             return f"{bins[0]['val_loss']:.4f} nats held out, {bins[-1]['loss']:.4f} at the end of {bins[-1]['length']:,} tokens"
 
-        failures: list[str] = []
-        if options.plot_only:
-            file.require_rows()
-        else:
+        def plan() -> Plan:
             runs = chosen(options, Path(folder))
             books = evaluation(options, runs, Path(folder))
-            if options.only_missing:
-                runs = missing(runs, file, partial(descriptions, evaluation=books))
-            reading = partial(measure, evaluation=books)
-            failures = run_all(reading, runs, workers_for(options.workers_per_gpu), keep)
+            return Plan(partial(measure, evaluation=books), runs, partial(descriptions, evaluation=books))
+
+        failures = carry_out(options, file, plan, keep)
         picture = draw(file.path.with_suffix(".png"), file.rows)
         return finish([table(file.rows), *verdicts(file.rows), picture, f"rows: {file.path}"], failures)
 

@@ -22,7 +22,7 @@ from mmrec.studies.options import add_common_options, require_gpu
 from mmrec.studies.recall import IDENTITY, RecallStudy, description, measure
 from mmrec.studies.recall_report import draw, table
 from mmrec.studies.row_file import RowFile
-from mmrec.studies.running import finish, missing, run_all, workers_for
+from mmrec.studies.running import Plan, carry_out, finish
 from mmrec.studies.runs import Row
 
 _WORKERS = 4  # networks so small leave most of a GPU to others
@@ -86,14 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.write()
             return f"{100 * row['accuracy']:.2f} % of the answers with {row['state_bytes']:,} bytes, {row['seconds']:.0f} s"
 
-        failures: list[str] = []
-        if options.plot_only:
-            file.require_rows()
-        else:
-            runs = chosen(options).runs()
-            if options.only_missing:
-                runs = missing(runs, file, lambda run: [description(run)])
-            failures = run_all(measure, runs, workers_for(options.workers_per_gpu), keep)
+        failures = carry_out(options, file, lambda: Plan(measure, chosen(options).runs(), lambda run: [description(run)]), keep)
         return finish([table(file.rows), *draw(file.path.with_suffix(".png"), file.rows), f"rows: {file.path}"], failures)
 
 

@@ -19,7 +19,7 @@ from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.studies.options import add_study_options, changed, require_gpu
 from mmrec.studies.plan import Study, quick, studies
 from mmrec.studies.report import StudyFile, summary
-from mmrec.studies.running import finish, missing, run_all, workers_for
+from mmrec.studies.running import Plan, carry_out, finish
 from mmrec.studies.training import Outcome, train
 
 
@@ -67,14 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file.add(outcome.row | {"side_by_side": options.workers_per_gpu}, outcome.curves)
             return f"{outcome.row['val_loss']:.4f} nats, {outcome.row['seconds']:.0f} s"
 
-        failures: list[str] = []
-        if options.plot_only:
-            file.require_rows()
-        else:
-            runs = chosen(options, Path(folder)).runs()
-            if options.only_missing:
-                runs = missing(runs, file, lambda run: [run.description()])
-            failures = run_all(train, runs, workers_for(options.workers_per_gpu), keep)
+        def plan() -> Plan:
+            return Plan(train, chosen(options, Path(folder)).runs(), lambda run: [run.description()])
+
+        failures = carry_out(options, file, plan, keep)
         return finish([summary(file.rows), *file.draw(), f"rows: {file.path}", f"curves: {file.curves_path}"], failures)
 
 

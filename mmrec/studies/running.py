@@ -1,8 +1,9 @@
 """Many runs of a study, one after the other or side by side, each result kept as it comes."""
 
+import argparse
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,6 +78,44 @@ def run_all(measure: Callable[[Run], Any], runs: Sequence[Run], workers: int, ke
 
     map_in_processes(measure, runs, workers, _LONGEST, initialize=choose_gpu, on_result=take)
     return failures
+
+
+class Plan(NamedTuple):
+    """What a study's command shall measure.
+
+    Attributes:
+        measure: trains a run and returns what is wanted of it; see `run_all`.
+        runs: all of them.
+        rows_of: of each row that a run will give, the columns that are known before.
+    """
+
+    measure: Callable[[Run], Any]
+    runs: Sequence[Run]
+    rows_of: Callable[[Run], Iterable[Row]]
+
+
+def carry_out(options: argparse.Namespace, file: RowFile, plan: Callable[[], Plan], keep: Callable[[Any], str]) -> list[str]:
+    """Do what the options of `add_common_options` ask for: nothing, what is missing, or all of it.
+
+    Args:
+        options: the command's.
+        file: where the rows go.
+        plan: makes the plan; not called where only the plots are wanted.
+        keep: see `run_all`.
+
+    Returns:
+        What failed, a line each.
+
+    Raises:
+        BadInputError: only plots are wanted, and there is nothing to draw.
+    """
+    if options.plot_only:
+        file.require_rows()
+        return []
+    measure, runs, rows_of = plan()
+    if options.only_missing:
+        runs = missing(runs, file, rows_of)
+    return run_all(measure, runs, workers_for(options.workers_per_gpu), keep)
 
 
 def finish(lines: Iterable[str], failures: Sequence[str]) -> int:
