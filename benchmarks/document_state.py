@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from document_hem import HOPED_LATENCY, LAYERS, PREDICTED_LATENCY, PREDICTED_MB, settings_of, three_forms
-from document_markdown import UNKNOWN, captioned, change, change_of_times, markdown, owed_caption, percent, table
+from document_markdown import UNKNOWN, captioned, change, change_of_times, markdown, owed_caption, table
 from document_sources import (
     DECODING,
     HEM,
@@ -21,7 +21,7 @@ from document_sources import (
     values,
     with_values,
 )  # fmt: skip
-from document_study import ARMS, METRICS, means_of_both, owed_studies
+from document_study import ARMS, METRICS, NOT_REACHED, means_of_both, owed_studies, reached
 from document_training import UBOO_7B, added_memory, owed_cases, uboo_rows
 
 # By metric of the study: what it is called, and the nearer end of what is hoped for, in percent.
@@ -91,11 +91,14 @@ def hoped_and_measured(results: Results) -> str:
         ("variance of the loss", 2, -40),
     ):
         value = METRICS[metric][3]
-        changes = [_points(*means_of_both(arms["off"], arms[arm], value)) for arm in ARMS[1:]]
-        told = [(f"`{arm}`", points) for arm, points in zip(ARMS[1:], changes, strict=True) if points is not None]
-        measured = ", ".join(f"{arm} {percent(points)}" for arm, points in told) or UNKNOWN
-        reached = ", ".join(f"{arm} {_reached(points, limit)}" for arm, points in told) or UNKNOWN
-        lines.append([f"UBÖO: {title}", METRICS[metric][1], measured, reached])
+        told, verdicts = [], []
+        for arm in ARMS[1:]:
+            before, after = means_of_both(arms["off"], arms[arm], value)
+            said = reached(arms[arm], value, change(before, after))
+            if said != UNKNOWN:
+                told.append(f"`{arm}` {said}")
+                verdicts.append(f"`{arm}` {'no' if said == NOT_REACHED else _reached(_points(before, after), limit)}")
+        lines.append([f"UBÖO: {title}", METRICS[metric][1], ", ".join(told) or UNKNOWN, ", ".join(verdicts) or UNKNOWN])
     lines.append(["UBÖO: peak memory of forward and backward at 7B", "+8 … +10 % (1.5 … 2 GB)", *added_memory(results)])
     missing = [captioned("", owed_caption(source)) for source, found in ((HEM, hem), (STUDY, study)) if found is None]
     body = markdown(("expectation", "hoped for", "measured", "reached"), lines, words=(0, 3))

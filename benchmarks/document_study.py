@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
 from document_sources import STUDY, Measured, Results, Row, groups, values, with_values
 
+NOT_REACHED = "not reached"
 ARMS = ("off", "mse", "normalized")
 METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
     ("Steps to the baseline's final loss", "−20 … −30 %", ",.0f", lambda row: row.get("steps_to_baseline")),
@@ -45,6 +46,15 @@ def means_of_both(off: Sequence[Row], arm: Sequence[Row], value: Callable[[Row],
     return statistics.fmean(before), statistics.fmean(after)
 
 
+def reached(rows: Sequence[Row], value: Callable[[Row], float | None], said: str) -> str:
+    """What is said of a value that runs may end without: how many of the seeds have it, where not all do."""
+    ended = [row for row in rows if row.get("val_loss") is not None]
+    have = sum(value(row) is not None for row in ended)
+    if have == len(ended):
+        return said
+    return NOT_REACHED if not have else f"{said}, {have} of {len(ended)} seeds"
+
+
 def over_seeds(rows: Sequence[Row], value: Callable[[Row], float | None], form: str) -> str:
     """Mean and range over seeds."""
     return mean_and_range([number for number in map(value, rows) if number is not None], form)
@@ -72,8 +82,9 @@ def uboo_convergence(results: Results) -> str:
         arms = {arm: list(with_values(rows, uboo=arm)) for arm in ARMS}
         lines = []
         for title, predicted, form, value in METRICS:
-            cells = [over_seeds(arms[arm], value, form) for arm in ARMS]
-            lines.append([title, *cells, predicted, *(change(*means_of_both(arms["off"], arms[arm], value)) for arm in ARMS[1:])])
+            cells = [reached(arms[arm], value, over_seeds(arms[arm], value, form)) for arm in ARMS]
+            changes = [reached(arms[arm], value, change(*means_of_both(arms["off"], arms[arm], value))) for arm in ARMS[1:]]
+            lines.append([title, *cells, predicted, *changes])
         titles = ("metric", "UBÖO off", "UBÖO `mse`", "UBÖO `normalized`", "predicted", "measured: `mse`", "measured: `normalized`")
         return markdown(titles, lines)
 
@@ -84,7 +95,7 @@ def uboo_convergence(results: Results) -> str:
         seeds = ", ".join(f"{arm} {sum(1 for _ in with_values(found, uboo=arm))}" for arm in ARMS)
         deviation = (
             f"{cell(parameters, ',.0f')} M parameters instead of 7B, books instead of C4, {cell(steps, ',d')} steps, "
-            f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have"
+            f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have. What is to be reached is the mean of what off's seeds end at"
         )
         parts.append(captioned(body(found), f"{deviation}. {measured_caption(measured, found, STUDY.command, stands_in=True)}"))
     return "\n\n".join(parts)

@@ -68,7 +68,7 @@ class StudyFile(RowFile):
     def _compare(self) -> None:
         """Fill `steps_to_baseline`: the step at which a run's held-out loss reaches what the baseline ends at.
 
-        That is the mean over its seeds, at the learning rate that is best for it.
+        That is the mean over its seeds, at the learning rate that is best for it; both on the part of the text that is read on the way.
         """
         for rows in grouped(self.rows, _SETTING):
             wanted = _AGAINST.get(rows[0]["study"], _NETWORK)

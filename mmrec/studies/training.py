@@ -123,6 +123,9 @@ def train(run: Run) -> Outcome:
     """Train a run and validate it: what a convergence study wants of it."""
     trained = fit(run)
     by_step, logger = trained.losses.by_step(run.accumulate), trained.logger
+    curves = {"train/loss_main": smoothed(by_step)}
+    # Before the last validation: it takes all of the held-out text, those on the way a part, and a curve must be of one text.
+    curves |= {tag: _rounded(points) for tag, points in logger.scalars.items() if tag.startswith(_KEPT) and not tag.endswith("ppl")}
     row = run.description() | {
         **trained.parameters(),
         **trained.validate(),
@@ -137,8 +140,6 @@ def train(run: Run) -> Outcome:
         **{name: logger.mean_of_layers(name, _first_planning_layer(run)) for name in _OF_PLANNING_LAYERS},
         **machine(device()),
     }
-    curves = {"train/loss_main": smoothed(by_step)}
-    curves |= {tag: _rounded(points) for tag, points in logger.scalars.items() if tag.startswith(_KEPT) and not tag.endswith("ppl")}
     return Outcome(row, curves)
 
 

@@ -23,7 +23,9 @@ def test_a_quick_study_trains_three_arms_with_two_seeds(tmp_path: Path, capsys: 
         assert row["loss_variance"] > 0
         assert (row["grad_cosine"] is None) == (row["target_variance"] is None) == (row["uboo"] == "off")
     curves = json.loads((tmp_path / "curves_of_convergence.json").read_text())
-    assert all(len(entry["curves"]["val/loss"]) >= 6 for entry in curves)
+    assert all(len(entry["curves"]["val/loss"]) == 6 for entry in curves)  # on a part of the held-out text, the row's loss on all of it
+    ends = {(entry["uboo"], entry["seed"]): entry["curves"]["val/loss"][-1] for entry in curves}
+    assert all(ends[row["uboo"], row["seed"]] != [60, pytest.approx(row["val_loss"], abs=1e-4)] for row in rows)
     # The same seed is the same start and the same data: the arms begin alike.
     starts = {(entry["uboo"], entry["seed"]): entry["curves"]["train/loss_main"][0][1] for entry in curves}
     assert starts[("off", 0)] == starts[("mse", 0)] == starts[("normalized", 0)] != starts[("off", 1)]
