@@ -18,6 +18,9 @@ PANELS = (
 )
 
 
+_LINES = ("-", "--", ":", "-.")  # ten colours each
+
+
 def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Write a picture of trainings: a line an arm, its seeds' mean, within the band from the lowest to the highest.
 
@@ -27,7 +30,8 @@ def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str,
         arms: by their titles, each a list of runs, each a mapping of tags to curves [[step, value], …].
     """
     panels = [panel for panel in PANELS if any(panel[0] in run for runs in arms.values() for run in runs)]
-    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(6 * max(1, len(panels)), 4.5), squeeze=False, layout="constrained")
+    size = (6 * max(1, len(panels)) + 3, max(4.5, 0.18 * len(arms)))
+    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=size, squeeze=False, layout="constrained")
     for axis, (tag, label) in zip(axes[0], panels, strict=False):
         for index, (name, runs) in enumerate(arms.items()):  # an arm has its colour in every panel
             curves = [np.asarray(run[tag], dtype=float) for run in runs if run.get(tag)]
@@ -35,7 +39,8 @@ def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str,
                 continue
             steps = curves[0][:, 0]
             values = np.stack([np.interp(steps, curve[:, 0], curve[:, 1]) for curve in curves])
-            (line,) = axis.plot(steps, values.mean(0), label=f"{name} ({len(curves)})", linewidth=1.2, color=f"C{index % 10}")
+            look = {"color": f"C{index % 10}", "linestyle": _LINES[index // 10 % len(_LINES)]}
+            (line,) = axis.plot(steps, values.mean(0), label=f"{name} ({len(curves)})", linewidth=1.2, **look)
             axis.fill_between(steps, values.min(0), values.max(0), color=line.get_color(), alpha=0.2, linewidth=0)
         if "loss" in tag:
             _show_the_end(axis)
@@ -43,7 +48,7 @@ def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str,
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     if panels:
-        axes[0][0].legend(fontsize=7)
+        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
