@@ -10,11 +10,6 @@ from mmrec.config import MMRecConfig
 from mmrec.core.token_order import WINDOW
 from mmrec.model import MMRecModel
 
-# Bytes that a block keeps for its backward, a token and channel of the model and of the feed-forward, counted from what its functions
-# save: the stream and its norm twice, six projections, both gates' logits and hidden layers (D/4), two addresses, h, r and the gated
-# read-out; in bf16 the long-term memories between chunks too, for heads of 128; gate, up and their product. UBÖO's come on top.
-_KEPT_FP32 = (70, 12)
-_KEPT_BF16 = (39, 6)
 # Bytes that exist at a time for each logit of a chunk: of the main loss, and of the losses above the blocks, which have no kernel.
 _LOGIT, _LOGIT_ABOVE = 8, {"decode": 20, "order": 16}
 
@@ -91,25 +86,39 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
 
 def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:
     """Bytes kept between forward and backward, and those of one chunk of logits and what is made of them."""
-    channel, ffn_channel = _KEPT_BF16 if bf16 else _KEPT_FP32
     number = 2 if bf16 else 4
-    block = tokens * (channel * config.model_dim + ffn_channel * config.ffn_width)
-    inputs = tokens * config.model_dim * number
-    if config.activation_checkpointing == "selective":  # two addresses, and in bf16 as much of memories; one tensor of F
-        block -= tokens * (8 * config.model_dim + number * config.ffn_width)
-    planned = sum(config.has_planning(index) for index in range(config.num_layers))
-    planning = tokens * _planning(config, number)
-    if config.activation_checkpointing is True:  # one block's at a time
-        layers = config.num_layers * inputs + block + min(planned, 1) * planning
-    else:
-        layers = config.num_layers * block + planned * planning
+    inputs = config.model_dim * number
+    layers = [
+        _block(config, number, config.has_window(index)) + config.has_planning(index) * _planning(config, number)
+        for index in range(config.num_layers)
+    ]
+    # Blocks that are formed again are there one at a time.
+    kept = config.num_layers * inputs + max(layers) if config.activation_checkpointing is True else sum(layers)
     above = config.planning_loss if config.use_uboo else ""
     kept_above = {
         "decode": 6 * config.model_dim * number,  # the predictor's input of 2D, hidden layer and its GELU; both states of the divergence
         "order": 12 * WINDOW,  # tokens to come, int64, and their weights
     }.get(above, 0)
     logits = min(tokens, config.loss_chunk_size) * config.vocab_size
-    return layers + tokens * kept_above + logits * max(_LOGIT, _LOGIT_ABOVE.get(above, 0))
+    return tokens * (kept + kept_above) + logits * max(_LOGIT, _LOGIT_ABOVE.get(above, 0))
+
+
+def _block(config: MMRecConfig, number: int, has_window: bool) -> int:
+    """Bytes a token that a layer keeps for its backward, in numbers of so many bytes, counted from what its functions save.
+
+    UBÖO's come on top; what a head has one number of, not one a channel, is left out. Where `state_gate` is false, each operator keeps its
+    inputs on its own, some 30 bytes a channel more, which are not counted.
+    """
+    dim, ffn = config.model_dim, config.ffn_width
+    # Stream and norm twice, six projections, both gates' logits, h, r and gated read-out; both gates' hidden layers; gate and up.
+    numbers = 15 * dim + 2 * (dim // 4) + 2 * ffn
+    if config.activation_checkpointing != "selective":  # which forms these again
+        numbers += 2 * dim + ffn  # two addresses; the product of gate and up
+        if has_window:
+            numbers += 2 * dim if config.window_conv > 1 else 0  # q and k convolved; without that they are the projections
+        elif number == 2:
+            numbers += 2 * dim  # the memories between chunks, for heads of 128; in fp32 they are not kept
+    return numbers * number
 
 
 def _planning(config: MMRecConfig, number: int) -> int:
