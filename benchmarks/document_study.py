@@ -95,7 +95,8 @@ def uboo_convergence(results: Results) -> str:
         seeds = ", ".join(f"{arm} {sum(1 for _ in with_values(found, uboo=arm))}" for arm in ARMS)
         deviation = (
             f"{cell(parameters, ',.0f')} M parameters instead of 7B, books instead of C4, {cell(steps, ',d')} steps, "
-            f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have. What is to be reached is the mean of what off's seeds end at"
+            f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have. "
+            "What is to be reached is the mean of what off's seeds end at"
         )
         parts.append(captioned(body(found), f"{deviation}. {measured_caption(measured, found, STUDY.command, stands_in=True)}"))
     return "\n\n".join(parts)
