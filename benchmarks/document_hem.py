@@ -19,7 +19,8 @@ from document_markdown import (
 )  # fmt: skip
 from document_sources import HEM, NETWORK, Measured, Results, Row, first, groups, with_values
 
-from mmrec.scripts.measurements import FUSED_REST
+from mmrec.scripts.benchmark_options import MEMORIES
+from mmrec.scripts.measurements import DIRECTIONS, FUSED_REST
 
 # What the founding document predicts, in MB of one block's projections at B 4 × T 2048 × D 4096 in BF16: six matmuls, HEM.
 PREDICTED_MB = {"weights": (201.33, 201.33), "inputs": (402.66, 67.11), "total": (603.99, 268.44)}
@@ -50,8 +51,14 @@ def command_of(module: str, setting: tuple, rows: Sequence[Row], more: str = "")
     return f"python -m mmrec.scripts.{module} {size} --num-heads {H} --batch {B} --seq-len {T} --precision {precision}{switches}{more}"
 
 
-def three_forms(rows: Sequence[Row], what: str, direction: str) -> tuple[Row, Row, Row]:
-    """Six projections with an eager rest, six with a fused rest, one with a fused rest."""
+def of_memory(rows: Sequence[Row], memory: str) -> list[Row]:
+    """The rows of blocks and layers with a memory of MEMORIES; those that do not say, whole networks' and old ones, count as a matrix's."""
+    return [row for row in rows if (row.get("memory") or "matrix") == memory]
+
+
+def three_forms(rows: Sequence[Row], what: str, direction: str, memory: str = "matrix") -> tuple[Row, Row, Row]:
+    """Six projections with an eager rest, six with a fused rest, one with a fused rest; of a block those with a memory."""
+    rows = of_memory(rows, memory)
     return (
         first(rows, what=what, direction=direction, hem=False),
         first(rows, what=f"{what}{FUSED_REST}", direction=direction),
@@ -92,6 +99,10 @@ def hem_settings(results: Results) -> str:
     if not any(row.get("H") == FOUNDING_HEADS for row in measured.rows):
         options = f"--size 7b --num-heads {FOUNDING_HEADS} --append --output benchmarks/results/{measured.path.name}"
         lines.append(f"- Not measured yet there: {FOUNDING_HEADS} heads; `python -m mmrec.scripts.benchmark_hem {options}` adds them.")
+    if of_memory(measured.rows, "window"):
+        lines.append(
+            "- Blocks with a window have lines of their own in the table of latencies; all else said of one block is of one with a matrix."
+        )
     return "\n".join(lines)
 
 
@@ -128,12 +139,17 @@ def hem_latency(results: Results) -> str:
 
     def body(rows: Sequence[Row]) -> str:
         lines = []
-        for title, what, direction, predicted in (
-            ("One block, forward, ms", "block", "fwd", PREDICTED_LATENCY),
-            ("One block, forward and backward, ms", "block", "fwdbwd", UNKNOWN),
-            (f"Forward pass, {LAYERS} layers, ms", f"forward_{LAYERS}", "fwd", UNKNOWN),
+        windows = (
+            ("One block with a window, forward, ms", "block", "fwd", UNKNOWN, "window"),
+            ("One block with a window, forward and backward, ms", "block", "fwdbwd", UNKNOWN, "window"),
+        )
+        for title, what, direction, predicted, memory in (
+            ("One block, forward, ms", "block", "fwd", PREDICTED_LATENCY, "matrix"),
+            ("One block, forward and backward, ms", "block", "fwdbwd", UNKNOWN, "matrix"),
+            *(windows if of_memory(rows, "window") else ()),
+            (f"Forward pass, {LAYERS} layers, ms", f"forward_{LAYERS}", "fwd", UNKNOWN, "matrix"),
         ):
-            forms = three_forms(rows, what, direction)
+            forms = three_forms(rows, what, direction, memory)
             reached = UNKNOWN
             if predicted != UNKNOWN and forms[0].get("ms") and forms[2].get("ms") is not None:
                 reached = "yes" if round(100 * (forms[2]["ms"] / forms[0]["ms"] - 1), 1) <= HOPED_LATENCY else "no"
@@ -250,13 +266,29 @@ def network_baseline(results: Results) -> str:
     return "\n\n".join(_network(measured, setting, rows) for setting, rows in settings_of(measured.rows))
 
 
-def _network(measured: Measured, setting: tuple, rows: Sequence[Row]) -> str:
-    block, both = first(rows, what="block", direction="fwd"), first(rows, what="block", direction="fwdbwd")
-    whole = next((row for row in rows if str(row.get("what")).startswith("forward_")), {})
+def _of_layers(rows: Sequence[Row]) -> str:
+    """Range and mean of what layers take within the forward."""
     layers = [row["ms"] for row in with_values(rows, what="layer") if row.get("ms") is not None]
+    return f"{min(layers):.2f} … {max(layers):.2f}, mean {sum(layers) / len(layers):.2f}" if layers else UNKNOWN
+
+
+def _network(measured: Measured, setting: tuple, rows: Sequence[Row]) -> str:
+    of_matrices, of_windows = (of_memory(rows, memory) for memory in MEMORIES)
+    block, both = (first(of_matrices, what="block", direction=direction) for direction in DIRECTIONS)
+    window, window_both = (first(of_windows, what="block", direction=direction) for direction in DIRECTIONS)
+    whole = next((row for row in rows if str(row.get("what")).startswith("forward_")), {})
     head = first(rows, what="head").get("ms")
-    sum_ms = None if block.get("ms") is None or head is None or not whole.get("L") else whole["L"] * block["ms"] + head
-    per_layer = f"{min(layers):.2f} … {max(layers):.2f}, mean {sum(layers) / len(layers):.2f}" if layers else UNKNOWN
+    windows = whole.get("windows") or 0
+    parts = [(whole["L"] - windows, block), (windows, window), (1, {"ms": head})] if whole.get("L") else []
+    times = [row.get("ms") and number * row["ms"] for number, row in parts if number]
+    sum_ms = None if not times or None in times else sum(times)
+    with_window = [
+        ["Block with a window: latency, forward, ms", with_spread(window)],
+        ["Block with a window: latency, forward and backward, ms", with_spread(window_both)],
+        ["Block with a window: throughput of the forward, tokens/s", cell(window.get("tokens_per_s"), ",.0f")],
+        ["Block with a window: peak memory, forward and backward, MiB", cell(window_both.get("peak_mib"), ",.0f")],
+        ["Latency of a layer with a window within the forward, ms", _of_layers(of_windows)],
+    ]
     lines = [
         ["Block latency, forward, ms", with_spread(block)],
         ["Block latency, forward and backward, ms", with_spread(both)],
@@ -267,8 +299,9 @@ def _network(measured: Measured, setting: tuple, rows: Sequence[Row]) -> str:
         ["Throughput of one block, tokens/s", cell(block.get("tokens_per_s"), ",.0f")],
         ["Peak memory, one block's forward and backward, MiB", cell(both.get("peak_mib"), ",.0f")],
         ["Peak memory, model forward, MiB", cell(whole.get("peak_mib"), ",.0f")],
-        ["Latency of a layer within the forward, ms", per_layer],
+        ["Latency of a layer within the forward, ms", _of_layers(of_matrices)],
         ["Latency of the head within the forward, ms", cell(head)],
+        *(with_window if of_windows else ()),
     ]
     caption = measured_caption(
         measured, rows, command_of("real_benchmark", setting, rows, f" --output benchmarks/results/{measured.path.name}"), stands_in=True

@@ -150,6 +150,27 @@ def test_hem_is_told_with_its_parts_and_its_place(document: ModuleType, tmp_path
     assert "nan" not in made
 
 
+def test_blocks_with_a_window_have_lines_of_their_own(document: ModuleType, tmp_path: Path) -> None:
+    matrices = [
+        hem_row("block", False, 10.0, launches=6, bytes_ncu_reason="no ncu on PATH"),
+        hem_row("block_six_gemms_fused_rest", False, 8.0),
+        hem_row("block", True, 7.0, launches=1),
+    ]
+    windows = [row | {"memory": "window", "ms": row["ms"] + 1, "launches": 77} for row in matrices]
+    told = [row | {"memory": "matrix"} for row in matrices]
+    old = written(document, tmp_path, hem_h100=matrices)
+    assert "with a window" not in old
+    assert written(document, tmp_path, hem_h100=told) == old
+    made = written(document, tmp_path, hem_h100=[*windows, *told])  # in whatever order
+    new = [line for line in made.splitlines() if line not in old.splitlines()]
+    assert new == [
+        "- Blocks with a window have lines of their own in the table of latencies; all else said of one block is of one with a matrix.",
+        "| One block with a window, forward, ms | 11.00 | 9.00 | 8.00 | – | −27.3 % | – | −11.1 % |",
+        "| One block with a window, forward and backward, ms | – | – | – | – | – | – | – |",
+    ]
+    assert set(old.splitlines()) <= set(made.splitlines())
+
+
 def test_the_network_is_told_by_its_forward_and_its_layers(document: ModuleType, tmp_path: Path) -> None:
     rows = [
         hem_row("block", True, 7.0, tokens_per_s=1e6),
@@ -164,6 +185,23 @@ def test_the_network_is_told_by_its_forward_and_its_layers(document: ModuleType,
     assert "| Model forward against its matrix products alone | 1.12 × |" in made
     assert "| Latency of a layer within the forward, ms | 6.90 … 7.10, mean 7.00 |" in made
     assert "`python -m mmrec.scripts.real_benchmark --size 7b --num-heads 32 --batch 4 --seq-len 2048 --precision bf16 --output " in made
+    assert "with a window" not in made
+    rows[2]["windows"] = 8
+    assert "| Model forward against layers × block + head | – |" in written(document, tmp_path, benchmark_results_h100=rows)
+    of_windows: list[dict[str, Any]] = [
+        hem_row("block", True, 6.5, tokens_per_s=2e6),
+        hem_row("block", True, 19.0, peak_mib=2500.0) | {"direction": "fwdbwd"},
+        *(hem_row("layer", True, ms, layer=index) for index, ms in enumerate((6.3, 6.5), 2)),
+    ]
+    made = written(document, tmp_path, benchmark_results_h100=[*(row | {"memory": "window"} for row in of_windows), *rows])
+    assert "| Block latency, forward, ms | 7.00 |" in made
+    assert "| Latency of a layer within the forward, ms | 6.90 … 7.10, mean 7.00 |" in made
+    assert "| Model forward against layers × block + head | 1.08 × |" in made  # 180 / (16 · 7 + 8 · 6.5 + 3)
+    assert "| Block with a window: latency, forward, ms | 6.50 |" in made
+    assert "| Block with a window: latency, forward and backward, ms | 19.00 |" in made
+    assert "| Block with a window: throughput of the forward, tokens/s | 2,000,000 |" in made
+    assert "| Block with a window: peak memory, forward and backward, MiB | 2,500 |" in made
+    assert "| Latency of a layer with a window within the forward, ms | 6.30 … 6.50, mean 6.40 |" in made
 
 
 def test_rows_that_lack_keys_leave_dashes(document: ModuleType, tmp_path: Path) -> None:

@@ -1,9 +1,10 @@
 """What HEM saves: a block and the whole forward with six projections and with one, beside the same matrix products alone.
 
-`python -m mmrec.scripts.benchmark_hem` writes hem_benchmark.json, a list of rows, off and on for each thing timed. `launches` are the
-kernels of the projections in a forward, counted by torch.profiler (on a CPU their matrix products); `bytes` is arithmetic, `bytes_ncu`
-is what NVIDIA's profiler read, or null with its reason. Off is the founding document's: six projections, and everything around them but the
-recurrences in plain PyTorch; `block_six_gemms_fused_rest` is between the two: six projections, the rest as with HEM on.
+`python -m mmrec.scripts.benchmark_hem` writes hem_benchmark.json, a list of rows, off and on for each thing timed: a block with a matrix,
+where the network has such layers one with a window (`memory` says which), the network. `launches` are the kernels of the projections in a
+forward, counted by torch.profiler (on a CPU their matrix products); `bytes` is arithmetic, `bytes_ncu` is what NVIDIA's profiler read, or
+null with its reason. Off is the founding document's: six projections, and everything around them but the recurrences and the attention of
+a window in plain PyTorch; `block_six_gemms_fused_rest` is between the two: six projections, the rest as with HEM on.
 """
 
 import sys
@@ -21,7 +22,7 @@ from mmrec.scripts.measurements import build_model, draw_ids, fuse_all, model_su
 
 
 def measure(run: Run) -> None:
-    """The block in its three forms in turn; then the whole network with six projections, and the same one fused."""
+    """The blocks in their three forms in turn; then the whole network with six projections, and the same one fused."""
     settings = run.settings
     run.blocks(hem=(False, True))
     if "forward" not in settings.parts:

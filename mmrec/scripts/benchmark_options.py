@@ -16,6 +16,7 @@ from mmrec.measuring.machine import device
 PRESETS = {"7b": "a100_7b", "1b3": "h100_1b3", "370m": "h100_370m", "125m": "h100_125m", "tiny": "cpu_tiny"}
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PARTS = ("block", "forward")
+MEMORIES = ("matrix", "window")  # what the long-term memory of a layer is, as rows name it
 # By kind of device: size, batch, tokens of a sequence, precision. On a GPU the founding document's, on a CPU seconds.
 DEFAULTS = {"cuda": ("7b", 4, 2048, "bf16"), "cpu": ("tiny", 2, 128, "fp32")}
 
@@ -60,9 +61,20 @@ class Settings:
         return self.batch * self.seq_len
 
     @property
+    def first_layers(self) -> dict[str, int]:
+        """The first layer with each of MEMORIES that the network has."""
+        memories = [memory_of(self.config.has_window(index)) for index in range(self.config.num_layers)]
+        return {memory: memories.index(memory) for memory in MEMORIES if memory in memories}
+
+    @property
     def forward_name(self) -> str:
         """The name of a row for the whole network: `forward_24` for 24 layers."""
         return f"forward_{self.config.num_layers}"
+
+
+def memory_of(has_window: bool) -> str:
+    """The name of a layer's long-term memory."""
+    return MEMORIES[has_window]
 
 
 def preset(size: str, use_uboo: bool = False) -> MMRecConfig:

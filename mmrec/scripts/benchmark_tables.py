@@ -14,8 +14,9 @@ def rows_table(rows: Sequence[Row]) -> Sheet:
             continue
         layer = row.get("layer")
         cells = (
-            row["what"] if layer is None else f"{row['what']} {layer}", row["direction"], "on" if row["hem"] else "off",
-            _number(row["ms"], ".3f"), _spread(row), _number(row["gemm_only_ms"], ".3f"), _number(row.get("of_gemm_only"), ".2f"),
+            row["what"] if layer is None else f"{row['what']} {layer}", row["memory"] or "–", row["direction"],
+            "on" if row["hem"] else "off", _number(row["ms"], ".3f"), _spread(row),
+            _number(row["gemm_only_ms"], ".3f"), _number(row.get("of_gemm_only"), ".2f"),
             _number(row["tokens_per_s"], ",.0f"), _number(row["peak_mib"], ",.0f"), _number(row["launches"], "d"),
             _number(row["bytes"] and row["bytes"] / 1e6, ",.2f"),
             {True: "replayed", False: "called", None: "in the forward"}[row.get("replayed")],
@@ -23,20 +24,22 @@ def rows_table(rows: Sequence[Row]) -> Sheet:
         lines.append(cells)
     titles = ("ms", "fastest … slowest", "products, ms", "× products", "tokens/s", "peak MiB", "launches", "MB", "timed")
     note = "Medians of rounds; products: the same matrix products alone, back to back; MB: of the projections, by arithmetic"
-    return Sheet("The network as it is", ("what", "direction", "HEM"), titles, lines, caption=note)
+    return Sheet("The network as it is", ("what", "memory", "direction", "HEM"), titles, lines, caption=note)
 
 
 def hem_table(rows: Sequence[Row]) -> Sheet:
     """The founding document's tables: HEM off, on, and what changes."""
-    on = {(row["what"], row["direction"]): row for row in rows if row["hem"] and row["ms"] is not None}
+    on = {(row["what"], row["memory"], row["direction"]): row for row in rows if row["hem"] and row["ms"] is not None}
     lines: list[tuple[str, ...]] = []
     ends: list[int] = []
     for row in rows:
-        other = on.get((row["what"].removesuffix(FUSED_REST), row["direction"]))
+        what = row["what"].removesuffix(FUSED_REST)
+        other = on.get((what, row["memory"], row["direction"]))
         if row["hem"] or other is None:
             continue
         rest = "fused passes" if row["what"].endswith(FUSED_REST) else "eager passes"
-        lines.append((f"{row['what'].removesuffix(FUSED_REST)} {row['direction']}, {rest}",))
+        memory = f" with a {row['memory']}" if row["memory"] else ""
+        lines.append((f"{what}{memory} {row['direction']}, {rest}",))
         metrics: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
             ("ms", ".3f", lambda r: r["ms"]),
             ("products alone, ms", ".3f", lambda r: r["gemm_only_ms"]),

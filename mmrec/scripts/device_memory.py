@@ -98,10 +98,11 @@ def _one_block(settings: Settings) -> Estimate:
 
 
 def _block_bytes(settings: Settings) -> int:
-    """Two blocks with their gradients, one's activations, and the comparison in float64."""
+    """Two blocks of each kind of memory, one kind's gradients, one block's activations, and the comparison in float64."""
     block, config = _one_block(settings), settings.config
+    blocks = 2 * len(settings.first_layers) * (block.weights + _operand_bytes(settings))
     largest = config.model_dim * max(2 * config.ffn_width, 5 * config.model_dim + config.pe_width)
-    return 2 * (block.weights + block.gradients + _operand_bytes(settings)) + block.activations + _FLOAT64_COPIES * 8 * largest
+    return blocks + 2 * block.gradients + block.activations + _FLOAT64_COPIES * 8 * largest
 
 
 def _forward_bytes(settings: Settings) -> int:

@@ -39,10 +39,10 @@ def built_on(where: torch.device, dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def block_pair(config: MMRecConfig, where: torch.device, dtype: torch.dtype) -> BlockPair:
-    """One block of the network in both forms; the projections' biases are drawn, so that their folding is seen."""
+def block_pair(config: MMRecConfig, where: torch.device, dtype: torch.dtype, layer_index: int = 0) -> BlockPair:
+    """One block of the network, that of a layer, in both forms; the projections' biases are drawn, so that their folding is seen."""
     with built_on(where, dtype):
-        off = MMRecBlock(replace(config, use_hem=False))
+        off = MMRecBlock(replace(config, use_hem=False), layer_index)
     off = off.to(dtype)  # in float64 also what is made in fp32
     assert isinstance(off.projections, SeparateProjections)
     with torch.no_grad():

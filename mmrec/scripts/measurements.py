@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.measuring.clocks import Clocked, kernel_ms
-from mmrec.measuring.errors import LIMITS
+from mmrec.measuring.errors import LIMITS, WINDOW_LIMITS
 from mmrec.measuring.machine import synchronize
 from mmrec.measuring.marks import Clock, CudaClock, HostClock
 from mmrec.measuring.meters import MIB, CudaMemoryMeter, MemoryMeter, ProcessMemoryMeter
 from mmrec.model import MMRecModel
-from mmrec.scripts.benchmark_options import Settings
+from mmrec.scripts.benchmark_options import Settings, memory_of
 from mmrec.scripts.dram_traffic import DramBytes, dram_bytes
 from mmrec.scripts.hem_parity import BlockPair, built_on, parity_errors
 from mmrec.scripts.launches import count_launches
@@ -40,6 +40,7 @@ class Subject:
     Attributes:
         what: the name of its rows.
         module: the block or the network.
+        memory: of MEMORIES, a block's; None: a network's, whose layers differ.
         hem: whether its projections are fused.
         calls: by direction.
         products: its matrix products.
@@ -48,6 +49,7 @@ class Subject:
 
     what: str
     module: nn.Module
+    memory: str | None
     hem: bool
     calls: Mapping[str, Call]
     products: Sequence[Product]
@@ -78,7 +80,8 @@ def block_subject(settings: Settings, block: MMRecBlock, x: Tensor, cotangent: T
         return torch.autograd.grad(outputs, wanted, cotangents)
 
     calls = {"fwd": forward, "fwdbwd": both}
-    return Subject("block", block, block.use_hem, calls, products_of(block, settings.tokens), [_projections(block)])
+    products = products_of(block, settings.tokens)
+    return Subject("block", block, memory_of(block.has_window), block.use_hem, calls, products, [_projections(block)])
 
 
 def _projections(block: MMRecBlock) -> nn.Module:
@@ -100,8 +103,8 @@ def model_subject(settings: Settings, model: MMRecModel, input_ids: Tensor) -> S
     def forward() -> Any:
         return model(input_ids, return_auxiliary_loss=settings.config.use_uboo)
 
-    products = products_of(model, settings.tokens)
-    return Subject(settings.forward_name, model, blocks[0].use_hem, {"fwd": forward}, products, [_projections(block) for block in blocks])
+    products, projections = products_of(model, settings.tokens), [_projections(block) for block in blocks]
+    return Subject(settings.forward_name, model, None, blocks[0].use_hem, {"fwd": forward}, products, projections)
 
 
 def build_model(settings: Settings, use_hem: bool) -> MMRecModel:
@@ -158,7 +161,8 @@ def rows_of(settings: Settings, place: Row, subjects: Sequence[Subject], advance
     for direction in (name for name in DIRECTIONS if name in subjects[0].calls):
         calls: dict[Any, Call] = {}
         for subject in subjects:
-            label = f"{subject.what.replace(FUSED_REST, ', fused')} {direction}, {'HEM' if subject.hem else 'six'}"
+            what = subject.what.replace(FUSED_REST, ", fused") + (f", {subject.memory}" if subject.memory else "")
+            label = f"{what} {direction}, {'HEM' if subject.hem else 'six'}"
             calls[label] = subject.calls[direction]
             calls[f"{label}: products"] = products_call(subject.products, direction)
         timed = list(in_turn(calls, settings, advance).values())
@@ -173,7 +177,7 @@ def _row(settings: Settings, place: Row, subject: Subject, direction: str, timed
     traffic = projection_traffic(config, settings.tokens, settings.dtype.itemsize, subject.hem, direction)
     launches = count_launches(subject.calls[direction], subject.projections, where)
     read = dram_bytes(settings, subject.hem) if direction == "fwd" and layers == 1 else DramBytes(None, "read for one block's forward")
-    return base_row(settings, place, subject.what, subject.hem, direction, timed.clocked.ms) | {
+    return base_row(settings, place, subject.what, subject.hem, direction, timed.clocked.ms, subject.memory) | {
         "gemm_only_ms": products_ms,
         "launches": launches.marked,
         "tokens_per_s": settings.tokens / timed.clocked.ms * 1e3,
@@ -195,34 +199,39 @@ def _row(settings: Settings, place: Row, subject: Subject, direction: str, timed
     }
 
 
-def base_row(settings: Settings, place: Row, what: str, hem: bool, direction: str, ms: float | None) -> Row:
+def base_row(settings: Settings, place: Row, what: str, hem: bool, direction: str, ms: float | None, memory: str | None) -> Row:
     """The keys that every row has, in their order; what a row has no figure for is None."""
     config = settings.config
     unknown = dict.fromkeys(("gemm_only_ms", "launches", "tokens_per_s", "peak_mib", "bytes", "reduction_pct"))
     shape = {"what": what, "B": settings.batch, "T": settings.seq_len, "D": config.model_dim, "H": config.heads}
     kind = {"hem": hem, "uboo": config.use_uboo, "direction": direction, "ms": ms}
     sizes = {"P": config.pe_width, "F": config.ffn_width, "L": config.num_layers, "V": config.vocab_size, "precision": settings.precision}
-    return shape | kind | unknown | place | sizes
+    return shape | kind | unknown | place | sizes | {"memory": memory}
 
 
 def with_reductions(rows: list[Row]) -> list[Row]:
     """The rows, with `reduction_pct` where the same was timed with HEM off and the rest eager: 100 · (1 − ms / off)."""
-    off = {(row["what"], row["direction"]): row["ms"] for row in rows if not row["hem"]}
+    off = {(row["what"], row["memory"], row["direction"]): row["ms"] for row in rows if not row["hem"]}
     for row in rows:
-        before = off.get((row["what"].removesuffix(FUSED_REST), row["direction"]))
+        before = off.get((row["what"].removesuffix(FUSED_REST), row["memory"], row["direction"]))
         if (row["hem"] or row["what"].endswith(FUSED_REST)) and row["ms"] is not None and before is not None:
             row["reduction_pct"] = 100 * (1 - row["ms"] / before)
     return rows
 
 
 def parity_row(settings: Settings, place: Row, pair: BlockPair, x: Tensor, cotangent: Tensor) -> Row:
-    """The largest error of one projection against six, the limit, and which quantities miss it."""
-    errors = parity_errors(pair, x, cotangent)
-    limit = LIMITS[settings.dtype]
-    missed = {name: error for name, error in errors.items() if not error <= limit}
-    worst = max(missed or errors, key=lambda name: errors[name])
-    verdict = {"parity": "missed" if missed else "ok", "limit": limit, "largest": errors[worst], "of": worst, "errors": errors}
-    return base_row(settings, place, "parity", True, "fwdbwd", None) | verdict | {"missed": sorted(missed)}
+    """The error of one projection against six that is nearest to its limit, the limits, and which quantities miss theirs.
+
+    `limit` is that of all quantities but those in `limits`.
+    """
+    has_window = pair.off.has_window
+    errors, limit = parity_errors(pair, x, cotangent), LIMITS[settings.dtype]
+    limits = WINDOW_LIMITS.get(settings.dtype, {}) if has_window else {}
+    missed = {name: error for name, error in errors.items() if not error <= limits.get(name, limit)}
+    worst = max(missed or errors, key=lambda name: errors[name] / limits.get(name, limit))
+    verdict = {"parity": "missed" if missed else "ok", "limit": limit, "limits": limits, "largest": errors[worst], "of": worst}
+    base = base_row(settings, place, "parity", True, "fwdbwd", None, memory_of(has_window))
+    return base | verdict | {"errors": errors, "missed": sorted(missed)}
 
 
 def peak_mib(subject: Subject, direction: str, where: torch.device) -> float:
@@ -265,9 +274,10 @@ def layer_rows(settings: Settings, place: Row, model: MMRecModel, call: Call) ->
     """A row for the embedding, every layer, the last norm and the head, each with its share of the forward's time."""
     modules = [model.embedding, *model.blocks, model.norm, model.head]
     names: Iterable[str] = ["embedding", *["layer"] * len(model.blocks), "norm", "head"]
+    memories = [memory_of(block.has_window) if isinstance(block, MMRecBlock) else None for block in modules]
     times = module_latencies(modules, call, settings)
     rows = []
-    for index, (name, ms) in enumerate(zip(names, times, strict=True)):
+    for index, (name, memory, ms) in enumerate(zip(names, memories, times, strict=True)):
         more = {"layer": index - 1 if name == "layer" else None, "tokens_per_s": settings.tokens / ms * 1e3, "share": ms / sum(times)}
-        rows.append(base_row(settings, place, name, True, "fwd", ms) | more)
+        rows.append(base_row(settings, place, name, True, "fwd", ms, memory) | more)
     return rows

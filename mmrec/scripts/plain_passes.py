@@ -20,6 +20,7 @@ from mmrec.ops.head_decay import head_decay_naive
 from mmrec.ops.memory_address import l2norm
 from mmrec.ops.planning_error import planning_error_naive
 from mmrec.ops.rms_norm import Branch
+from mmrec.ops.short_convolution import last_tokens
 
 
 def _decay_log(
@@ -30,6 +31,14 @@ def _decay_log(
 
 def _memory_address(q: Tensor, k: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return l2norm(q + h).to(q.dtype), l2norm(k + h).to(k.dtype)
+
+
+def _short_convolution(x: Tensor, weight: Tensor, state: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    assert state is None  # what is timed is one document from its first token
+    assert reset is None
+    channels, taps = weight.shape
+    behind = F.pad(x.mT, (taps - 1, 0))
+    return F.conv1d(behind, weight.to(x.dtype).unsqueeze(1), groups=channels).mT, last_tokens([x], taps, None, None)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -57,11 +66,12 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 @contextmanager
 def plain_passes() -> Iterator[None]:
-    """Within it a block runs its passes as PyTorch formulas, one kernel an operation; the recurrences stay what they are."""
+    """Within it a block runs its passes as PyTorch formulas, one kernel an operation; recurrences and a window's attention stay."""
     plain: tuple[tuple[Any, str, Callable[..., Any]], ...] = (
         (mdi, "decay_log", _decay_log),
         (MMRecBlock, "_mixed", MMRecBlock._composed),
         (composition, "memory_address", _memory_address),
+        (composition, "short_convolution", _short_convolution),
         (composition, "gated_read_out", gated_read_out_naive),
         (decay, "head_decay", head_decay_naive),
         (residual, "rms_norm", _rms_norm),

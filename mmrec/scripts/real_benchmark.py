@@ -1,7 +1,8 @@
 """How fast the network is: a block forward and backward, the whole forward, tokens a second, peak memory, every layer's latency.
 
 `python -m mmrec.scripts.real_benchmark` writes benchmark_results.json, a list of rows: the parity of one projection and six, the block,
-the forward of all layers (`forward_24`), and every layer within it. Without a GPU a tiny network is measured, in seconds.
+the forward of all layers (`forward_24`), and every layer within it. Where some layers have a window, a block with one is measured beside
+the one with a matrix; `memory` says which a row is of. Without a GPU a tiny network is measured, in seconds: its two layers have matrices.
 """
 
 import sys
@@ -19,7 +20,7 @@ from mmrec.scripts.measurements import build_model, draw_ids, layer_rows, model_
 
 
 def measure(run: Run) -> None:
-    """The block, the whole network, its layers; HEM on."""
+    """The block of each kind of memory, the whole network, its layers; HEM on."""
     settings = run.settings
     run.blocks(hem=(True,))
     if "forward" not in settings.parts:

@@ -17,7 +17,7 @@ from support import RecordedOperators, assert_same
 from mmrec.blocks.hem import FusedProjections, Projections
 from mmrec.blocks.mm_rec_block import MMRecBlock
 from mmrec.measuring import clocks
-from mmrec.scripts import benchmark_hem, benchmark_options, device_memory, real_benchmark
+from mmrec.scripts import benchmark_hem, benchmark_options, device_memory, measurements, real_benchmark
 from mmrec.scripts.dram_traffic import METRICS, dram_bytes, read_report
 from mmrec.scripts.launches import count_launches
 from mmrec.scripts.plain_passes import with_plain_passes
@@ -30,6 +30,7 @@ KEYS = [
     "reduction_pct", "torch", "triton", "gpu", "date",
 ]  # fmt: skip
 Row = dict[str, Any]
+BETWEEN = "block_six_gemms_fused_rest"
 
 
 @pytest.fixture
@@ -63,19 +64,27 @@ def test_hem_is_measured_off_and_on(uboo: bool, capsys: pytest.CaptureFixture[st
     code, rows = rows_of(benchmark_hem, *(["--uboo"] if uboo else []))
     printed = capsys.readouterr().out
     assert code == 0, printed
-    parity, *timed = rows
-    assert parity["what"] == "parity"
-    assert parity["parity"] == "ok"
-    assert 0 < parity["largest"] <= parity["limit"] == 1e-5
-    assert ("L_aux" in parity["errors"]) == uboo
-    assert {"output", "dx", "W_e.weight", "W_p.bias", "ffn.W_down.weight"} <= parity["errors"].keys()
-    between = "block_six_gemms_fused_rest"
-    assert [(row["what"], row["direction"], row["hem"]) for row in timed] == [
-        ("block", "fwd", False), (between, "fwd", False), ("block", "fwd", True),
-        ("block", "fwdbwd", False), (between, "fwdbwd", False), ("block", "fwdbwd", True),
-        ("forward_3", "fwd", False), ("forward_3", "fwd", True),
+    timed = rows[2:]
+    for parity, memory in zip(rows[:2], ("matrix", "window"), strict=True):
+        assert (parity["what"], parity["memory"]) == ("parity", memory)
+        assert parity["parity"] == "ok"
+        assert 0 < parity["largest"] <= parity["limit"] == 1e-5
+        assert ("L_aux" in parity["errors"]) == uboo
+        assert {"output", "dx", "W_e.weight", "W_p.bias", "ffn.W_down.weight"} <= parity["errors"].keys()
+        assert ("convolution.q_gain" in parity["errors"]) == (memory == "window")
+        assert f"parity of one projection and six, block with a {memory}: " in printed
+    assert [(row["what"], row["memory"], row["direction"], row["hem"]) for row in timed] == [
+        *(
+            (what, memory, direction, hem)
+            for direction in ("fwd", "fwdbwd")
+            for memory in ("matrix", "window")
+            for what, hem in (("block", False), (BETWEEN, False), ("block", True))
+        ),
+        ("forward_3", None, "fwd", False), ("forward_3", None, "fwd", True),
     ]  # fmt: skip
-    for eager, fused in ((timed[0], timed.pop(1)), (timed[2], timed.pop(3))):
+    between = [row for row in timed if row["what"] == BETWEEN]
+    timed = [row for row in timed if row["what"] != BETWEEN]
+    for eager, fused in zip(timed[:8:2], between, strict=True):
         assert fused["launches"] == eager["launches"] == 6
         assert fused["reduction_pct"] == pytest.approx(100 * (1 - fused["ms"] / eager["ms"]))
     for row in rows:
@@ -97,22 +106,50 @@ def test_hem_is_measured_off_and_on(uboo: bool, capsys: pytest.CaptureFixture[st
     # By hand, fp32, D 32, P 8, 16 tokens: weights, inputs, outputs.
     assert timed[0]["bytes"] == 4 * ((4 * 32 * 32 + 2 * 32 * 8) + 16 * (5 * 32 + 8) + 16 * (5 * 32 + 8))
     assert timed[1]["bytes"] == 4 * (32 * (5 * 32 + 8) + 16 * 32 + 16 * (5 * 32 + 8))
-    assert timed[3]["bytes"] == 3 * timed[1]["bytes"]
-    assert "block fwd, eager passes" in printed
-    assert "block fwd, fused passes" in printed
+    assert timed[5]["bytes"] == 3 * timed[1]["bytes"]
+    for memory in ("matrix", "window"):
+        for direction in ("fwd", "fwdbwd"):
+            assert f"block with a {memory} {direction}, eager passes" in printed
+            assert f"block with a {memory} {direction}, fused passes" in printed
+    assert "forward_3 fwd, eager passes" in printed
     assert {row["command"].split()[:3][-1] for row in rows} == {"mmrec.scripts.benchmark_hem"}
 
 
-def test_the_network_is_measured_layer_by_layer() -> None:
+def test_the_network_is_measured_layer_by_layer(capsys: pytest.CaptureFixture[str]) -> None:
     code, rows = rows_of(real_benchmark)
     assert code == 0
-    named = [(row["what"], row["direction"]) for row in rows]
-    layers = [("embedding", "fwd"), *[("layer", "fwd")] * 3, ("norm", "fwd"), ("head", "fwd")]
-    assert named == [("parity", "fwdbwd"), ("block", "fwd"), ("block", "fwdbwd"), ("forward_3", "fwd"), *layers]
+    named = [(row["what"], row["memory"], row["direction"]) for row in rows]
+    blocks = [("block", memory, direction) for direction in ("fwd", "fwdbwd") for memory in ("matrix", "window")]
+    layers = [("layer", memory, "fwd") for memory in ("matrix", "matrix", "window")]
+    others = [(what, None, "fwd") for what in ("forward_3", "embedding", "norm", "head")]
+    assert named == [("parity", "matrix", "fwdbwd"), ("parity", "window", "fwdbwd"), *blocks, *others[:2], *layers, *others[2:]]
     assert all(row["hem"] for row in rows)
-    assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in rows[1:])
+    assert all(row["ms"] > 0 and row["tokens_per_s"] > 0 for row in rows[2:])
     assert [row["layer"] for row in rows if row["what"] == "layer"] == [0, 1, 2]
-    assert sum(row["share"] for row in rows[4:]) == pytest.approx(1)
+    assert sum(row["share"] for row in rows[7:]) == pytest.approx(1)
+    printed = capsys.readouterr().out
+    assert "a window of 512 tokens in 1 of 3 layers" in printed
+    cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in printed.splitlines() if line.startswith("│")]
+    shown = [f"{row['what']} {row['layer']}" if row["what"] == "layer" else row["what"] for row in rows[2:]]
+    assert cells == [[what, memory or "–", direction] for what, (_, memory, direction) in zip(shown, named[2:], strict=True)]
+
+
+@pytest.mark.parametrize("script", [real_benchmark, benchmark_hem])
+def test_a_block_said_to_have_a_window_has_one_and_no_other(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+
+    def counted(call: Any, *arguments: Any) -> Any:  # once a row, in the rows' order
+        with RecordedOperators() as called:
+            call()
+        ran.append("window" if "window_attention" in called.names else "matrix")
+        return count_launches(call, *arguments)
+
+    monkeypatch.setattr(measurements, "count_launches", counted)
+    for layers, memories in (("3", {"matrix", "window"}), ("2", {"matrix"})):
+        ran.clear()
+        _, rows = rows_of(script, "--only", "block", "--num-layers", layers)
+        assert [row["memory"] for row in rows if row["what"] != "parity"] == ran
+        assert set(ran) == {row["memory"] for row in rows} == memories
 
 
 def test_rows_of_several_sizes_share_a_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -135,7 +172,7 @@ def test_a_narrow_terminal_loses_no_number(monkeypatch: pytest.MonkeyPatch, caps
     _, rows = rows_of(real_benchmark, "--only", "block")
     wide = capsys.readouterr().out
     assert all(len(re.sub("\x1b\\[[0-9;]*m", "", line)) <= 80 for line in wide.splitlines() if "│" in line)
-    for row in rows[1:]:
+    for row in (row for row in rows if row["what"] != "parity"):
         assert f"{row['ms']:.3f}" in wide
         assert f"{row['fastest_ms']:.3f} … {row['slowest_ms']:.3f}" in wide
         assert f"{row['tokens_per_s']:,.0f}" in wide
@@ -167,6 +204,7 @@ def test_one_part_alone_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
     code, rows = rows_of(real_benchmark, "--only", "forward", "--precision", "bf16")
     assert code == 0
     assert {row["what"] for row in rows} == {"parity", "forward_3", "embedding", "layer", "norm", "head"}
+    assert [row["memory"] for row in rows if row["what"] == "parity"] == ["matrix", "window"]
     assert rows[0]["limit"] == 1e-2
     assert "bf16, UBÖO off" in capsys.readouterr().out
 
@@ -179,30 +217,49 @@ def test_a_parity_miss_is_named_and_fails_but_is_timed(
 
     def wrong(self: FusedProjections, x: torch.Tensor) -> tuple[torch.Tensor, Projections]:
         whole, parts = right(self, x)
-        whole = torch.cat([*parts[:5], parts.e * 1.01], dim=-1)
+        whole = torch.cat([*parts[:5], parts.e * 1.1], dim=-1)
         return whole, Projections(*whole.split(self.widths, dim=-1))
 
     monkeypatch.setattr(FusedProjections, "whole_and_parts", wrong)
     code, rows = rows_of(script, "--only", "block")
     assert code == 1
-    assert rows[0]["parity"] == "missed"
-    assert "PARITY MISS: output: " in capsys.readouterr().out
-    assert all(row["ms"] > 0 for row in rows[1:])
+    assert [row["parity"] for row in rows[:2]] == ["missed", "missed"]
+    misses = [line for line in capsys.readouterr().out.splitlines() if line.startswith("PARITY MISS: output: ")]
+    assert [line.rpartition(" ")[2] for line in misses] == ["matrix", "window"]
+    assert all(row["ms"] > 0 for row in rows[2:])
+
+
+def test_the_bias_of_a_windows_keys_has_a_limit_of_its_own_in_bf16(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    errors = {"W_k.bias": 0.02, "output": 0.009}
+    monkeypatch.setattr(measurements, "parity_errors", lambda *arguments: errors)
+    for precision, missed in (("bf16", [["W_k.bias"], []]), ("fp32", [["W_k.bias", "output"]] * 2)):
+        code, rows = rows_of(real_benchmark, "--only", "block", "--precision", precision)
+        assert code == 1
+        assert [row["missed"] for row in rows if row["what"] == "parity"] == missed
+    errors["W_k.bias"] = 0.04
+    capsys.readouterr()
+    _, rows = rows_of(real_benchmark, "--only", "block", "--precision", "bf16")
+    assert rows[1]["missed"] == ["W_k.bias"]
+    assert "W_k.bias: 4.00e-02 > 3e-02, one projection against six, block with a window" in capsys.readouterr().out
 
 
 def test_what_does_not_fit_is_refused_with_what_would(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--device", "cpu", "--size", "370m", "--batch", "16", "--seq-len", "512"]
+    asked = ["--device", "cpu", "--size", "370m", "--batch", "4", "--seq-len", "512"]
     parser = benchmark_options.build_parser("x", "", "x.json")
-    free = int(0.8 * device_memory.needed_bytes(benchmark_options.read_settings(parser, asked)))
+    free = int(0.9 * device_memory.needed_bytes(benchmark_options.read_settings(parser, asked)))
     monkeypatch.setattr(device_memory, "free_bytes", lambda where: free)
     message = one_line_error(real_benchmark, capsys, *asked)
-    assert message.startswith("error: 9 layers of width 1536 at B 16, T 512 in fp32 need about ")
+    assert message.startswith("error: 9 layers of width 1536 at B 4, T 512 in fp32 need about ")
     assert f"cpu has {free / 2**30:.2f} GiB free; these would fit: " in message
     options = message.partition("these would fit: ")[2].split(", ")
     assert [option.split()[0] for option in options] == ["--batch", "--seq-len", "--num-layers", "--only", "--size"]
     for option in options:  # each of them alone is enough
         changed = benchmark_options.read_settings(parser, [*asked, *option.split()])
         assert device_memory.needed_bytes(changed) <= free, option
+    few, some = (benchmark_options.read_settings(parser, [*asked, "--only", "block", "--num-layers", layers]) for layers in ("2", "3"))
+    assert device_memory.needed_bytes(few) < device_memory.needed_bytes(some)  # a block with a window beside the one with a matrix
     assert "--size" not in one_line_error(real_benchmark, capsys, *asked, "--ffn-dim", "3000").partition("fit: ")[2]
     monkeypatch.setattr(device_memory, "free_bytes", lambda where: 1)
     assert "no smaller batch, length or depth would fit" in one_line_error(real_benchmark, capsys, *asked)
@@ -267,9 +324,13 @@ def test_a_script_runs_by_its_path(tmp_path: Path) -> None:
     assert "benchmark_results.json" in answer.stdout
 
 
+@pytest.mark.parametrize("window_every", [None, 1])
 @pytest.mark.parametrize("use_dpg", [False, True])
-def test_plain_passes_are_the_same_function(use_dpg: bool) -> None:
-    block = MMRecBlock(model_dim=32, num_heads=2, pe_dim=8, use_dpg=use_dpg, dpg_rank=4)
+def test_plain_passes_are_the_same_function(use_dpg: bool, window_every: int | None) -> None:
+    block = MMRecBlock(model_dim=32, num_heads=2, pe_dim=8, use_dpg=use_dpg, dpg_rank=4, window_every=window_every, window=5)
+    if block.convolution is not None:  # at first a token's q and k are its own alone
+        for gain in block.convolution.parameters():
+            torch.nn.init.normal_(gain)
     x = torch.randn(2, 9, 32)
     with RecordedOperators() as fused:
         expected = block(x)
@@ -277,8 +338,9 @@ def test_plain_passes_are_the_same_function(use_dpg: bool) -> None:
         actual = with_plain_passes(lambda: block(x))()
     assert_same(actual, expected)
     passes = {"rms_norm", "head_decay", "memory_address_scaled", "gated_read_out", "swiglu"}
-    assert set(fused.names) == {*passes, "gated_scan_from_logits", "memory_scan_kept"}
-    assert plain.names == ["gated_scan", "memory_scan"]
+    memory = {"memory_scan_kept"} if window_every is None else {"short_convolution", "window_attention"}
+    assert set(fused.names) == {*passes, "gated_scan_from_logits", *memory}
+    assert plain.names == ["gated_scan", "memory_scan" if window_every is None else "window_attention"]
     with RecordedOperators() as after:
         block(x)
     assert after.names == fused.names
