@@ -35,8 +35,9 @@ BETWEEN = "block_six_gemms_fused_rest"
 
 @pytest.fixture
 def _quick(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Each call timed once; results in the test's folder; one thread."""
+    """Each call timed once; results in the test's folder; one thread; tables as wide as they are."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("COLUMNS", raising=False)  # xdist tells its workers 80
     monkeypatch.setattr(clocks, "CPU_REPEATS", 1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
