@@ -21,7 +21,7 @@ from document_sources import (
     values,
     with_values,
 )  # fmt: skip
-from document_study import ARMS, METRICS, NOT_REACHED, means_of_both, owed_studies, reached
+from document_study import ARMS, METRICS, counted, means_of_both, owed_studies
 from document_training import UBOO_7B, added_memory, owed_cases, uboo_rows
 
 # By metric of the study: what it is called, and the nearer end of what is hoped for, in percent.
@@ -84,7 +84,8 @@ def hoped_and_measured(results: Results) -> str:
     lines.append(["HEM: achieved memory bandwidth", "+40 … +50 %", UNKNOWN, UNKNOWN])
     protocol = list(with_values(study.rows, study="protocol")) if study else []
     longest = max((row.get("steps") or 0 for row in protocol), default=0)
-    arms = {arm: [row for row in protocol if row.get("uboo") == arm and (row.get("steps") or 0) == longest] for arm in ARMS}
+    protocol = counted([row for row in protocol if (row.get("steps") or 0) == longest])
+    arms = {arm: list(with_values(protocol, uboo=arm)) for arm in ARMS}
     for title, metric, limit in (
         ("steps to the baseline's final loss", 0, -20),
         ("final perplexity", 1, -3),
@@ -94,10 +95,9 @@ def hoped_and_measured(results: Results) -> str:
         told, verdicts = [], []
         for arm in ARMS[1:]:
             before, after = means_of_both(arms["off"], arms[arm], value)
-            said = reached(arms[arm], value, change(before, after))
-            if said != UNKNOWN:
-                told.append(f"`{arm}` {said}")
-                verdicts.append(f"`{arm}` {'no' if said == NOT_REACHED else _reached(_points(before, after), limit)}")
+            if before is not None:
+                told.append(f"`{arm}` {change(before, after)}")
+                verdicts.append(f"`{arm}` {_reached(_points(before, after), limit)}")
         lines.append([f"UBÖO: {title}", METRICS[metric][1], ", ".join(told) or UNKNOWN, ", ".join(verdicts) or UNKNOWN])
     lines.append(["UBÖO: peak memory of forward and backward at 7B", "+8 … +10 % (1.5 … 2 GB)", *added_memory(results)])
     missing = [captioned("", owed_caption(source)) for source, found in ((HEM, hem), (STUDY, study)) if found is None]

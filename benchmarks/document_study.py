@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
 from document_sources import STUDY, Measured, Results, Row, groups, values, with_values
 
-NOT_REACHED = "not reached"
 ARMS = ("off", "mse", "normalized")
 METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
     ("Steps to the baseline's final loss", "−20 … −30 %", ",.0f", lambda row: row.get("steps_to_baseline")),
@@ -30,7 +29,7 @@ def mean_of(rows: Sequence[Row], value: Callable[[Row], float | None]) -> float 
     return statistics.fmean(found) if found else None
 
 
-def compared(off: Sequence[Row], arm: Sequence[Row], value: Callable[[Row], float | None]) -> list[tuple[float, float]]:
+def paired_by_seed(off: Sequence[Row], arm: Sequence[Row], value: Callable[[Row], float | None]) -> list[tuple[float, float]]:
     """What both have, without and with, a pair a seed; a seed that one of them lacks would compare seeds instead of arms."""
     without = {row.get("seed"): value(row) for row in off}
     pairs = ((without.get(row.get("seed")), value(row)) for row in arm)
@@ -39,20 +38,19 @@ def compared(off: Sequence[Row], arm: Sequence[Row], value: Callable[[Row], floa
 
 def means_of_both(off: Sequence[Row], arm: Sequence[Row], value: Callable[[Row], float | None]) -> tuple[float, float] | tuple[None, None]:
     """Means without and with, over the seeds that both have."""
-    pairs = compared(off, arm, value)
+    pairs = paired_by_seed(off, arm, value)
     if not pairs:
         return None, None
     before, after = zip(*pairs, strict=True)
     return statistics.fmean(before), statistics.fmean(after)
 
 
-def reached(rows: Sequence[Row], value: Callable[[Row], float | None], said: str) -> str:
-    """What is said of a value that runs may end without: how many of the seeds have it, where not all do."""
-    ended = [row for row in rows if row.get("val_loss") is not None]
-    have = sum(value(row) is not None for row in ended)
-    if have == len(ended):
-        return said
-    return NOT_REACHED if not have else f"{said}, {have} of {len(ended)} seeds"
+def counted(rows: Sequence[Row]) -> list[Row]:
+    """The rows, a run that never reached what the baseline ends at with all its steps: to leave it out would favour its arm."""
+    if not any(values(rows, "steps_to_baseline")):
+        return list(rows)
+    never = [row.get("steps_to_baseline") is None and row.get("val_loss") is not None for row in rows]
+    return [row | {"steps_to_baseline": row.get("steps")} if missed else row for row, missed in zip(rows, never, strict=True)]
 
 
 def over_seeds(rows: Sequence[Row], value: Callable[[Row], float | None], form: str) -> str:
@@ -79,11 +77,11 @@ def uboo_convergence(results: Results) -> str:
     measured, rows = _study(results, "protocol")
 
     def body(rows: Sequence[Row]) -> str:
-        arms = {arm: list(with_values(rows, uboo=arm)) for arm in ARMS}
+        arms = {arm: list(with_values(counted(rows), uboo=arm)) for arm in ARMS}
         lines = []
         for title, predicted, form, value in METRICS:
-            cells = [reached(arms[arm], value, over_seeds(arms[arm], value, form)) for arm in ARMS]
-            changes = [reached(arms[arm], value, change(*means_of_both(arms["off"], arms[arm], value))) for arm in ARMS[1:]]
+            cells = [over_seeds(arms[arm], value, form) for arm in ARMS]
+            changes = [change(*means_of_both(arms["off"], arms[arm], value)) for arm in ARMS[1:]]
             lines.append([title, *cells, predicted, *changes])
         titles = ("metric", "UBÖO off", "UBÖO `mse`", "UBÖO `normalized`", "predicted", "measured: `mse`", "measured: `normalized`")
         return markdown(titles, lines)
@@ -96,7 +94,7 @@ def uboo_convergence(results: Results) -> str:
         deviation = (
             f"{cell(parameters, ',.0f')} M parameters instead of 7B, books instead of C4, {cell(steps, ',d')} steps, "
             f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have. "
-            "What is to be reached is the mean of what off's seeds end at"
+            "What is to be reached is the mean of what off's seeds end at; a run that never does counts with all its steps"
         )
         parts.append(captioned(body(found), f"{deviation}. {measured_caption(measured, found, STUDY.command, stands_in=True)}"))
     return "\n\n".join(parts)
@@ -139,7 +137,7 @@ def uboo_variants(results: Results) -> str:
     for (uboo, variant, orthogonalize, lambda_p), found in groups(
         rows, lambda row: tuple(row.get(key) for key in ("uboo", "variant", "orthogonalize", "lambda_P"))
     ):
-        apart = [after - before for before, after in compared(off, found, _loss)]
+        apart = [after - before for before, after in paired_by_seed(off, found, _loss)]
         settings = [str(value if value is not None else UNKNOWN) for value in (variant, uboo, orthogonalize, lambda_p)]
         settings.append(str(len(found)))
         seen = [cell(mean_of(found, lambda row, key=key: row.get(key)), form) for key, form in DIAGNOSES.values()]
@@ -149,8 +147,8 @@ def uboo_variants(results: Results) -> str:
     titles = ("variant", "UBÖO", "orthogonalize", "λ_P", "seeds", "validation loss, nats", "against off, by seed", "on C4", *DIAGNOSES)
     lines = [line for _, line in sorted(arms, key=lambda arm: arm[0])]
     losses_off = [loss for loss in map(_loss, off) if loss is not None]
-    apart = max(losses_off) - min(losses_off) if len(losses_off) > 1 else None
-    noise = "" if apart is None else f" Off's own seeds lie {apart:.3f} nats apart: single seeds say nothing below that."
+    spread = max(losses_off) - min(losses_off) if len(losses_off) > 1 else None
+    noise = "" if spread is None else f" Off's own seeds lie {spread:.3f} nats apart: single seeds say nothing below that."
     return captioned(markdown(titles, lines), f"{_setting(rows)}.{noise} {measured_caption(measured, rows, _command('uboo'))}")
 
 
@@ -161,15 +159,14 @@ def finalists(results: Results) -> str:
     if measured is None:
         return captioned("", owed_caption(STUDY, _command("finalist")))
     lines = []
-    for (model, variant, parameters, tokens), found in groups(
-        rows, lambda row: tuple(row.get(key) for key in ("model", "variant", "params_m", "tokens_m"))
+    for (model, variant, parameters, tokens, rate), found in groups(
+        rows, lambda row: tuple(row.get(key) for key in ("model", "variant", "params_m", "tokens_m", "lr"))
     ):
         losses = [over_seeds(found, lambda row, key=key: row.get(key), ".4f") for key in ("val_loss", "val_loss_c4")]
         sizes = [cell(parameters, ",.1f"), cell(tokens, ",.0f"), str(len(found))]
         loss = mean_of(found, _loss)
         beside = mean_of([row for row in rows if row.get("model") == "transformer++" and row.get("tokens_m") == tokens], _loss)
         apart = UNKNOWN if loss is None or beside is None or model == "transformer++" else f"{loss - beside:+.4f}"
-        rates = ", ".join(format(rate, "g") for rate in sorted(set(values(found, "lr"))))
-        lines.append([f"{model}{f', {variant}' if variant else ''}", *sizes, rates or UNKNOWN, losses[0], apart, losses[1]])
+        lines.append([f"{model}{f', {variant}' if variant else ''}", *sizes, cell(rate, "g"), losses[0], apart, losses[1]])
     titles = ("network", "M parameters", "M tokens", "seeds", "learning rate", "validation loss, nats", "against the Transformer", "on C4")
     return captioned(markdown(titles, lines), "Means and ranges over seeds. " + measured_caption(measured, rows, _command("finalist")))
