@@ -6,11 +6,10 @@ _KNOWN = (
     ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's use of torch
     ".*'set_vital' is deprecated",  # torchdata's use of torch
     "Your `IterableDataset` has `__len__` defined",  # it counts a rank's batches, whatever the number of workers
-    ".*does not have many workers",  # memory-mapped tokens need none
 )
 
 
-def ignore_known_warnings() -> None:
-    """Silence them in this process."""
-    for message in _KNOWN:
+def ignore_known_warnings(*more: str) -> None:
+    """Silence them in this process, and those whose message begins with one of `more`, regular expressions."""
+    for message in (*_KNOWN, *more):
         warnings.filterwarnings("ignore", message=message)

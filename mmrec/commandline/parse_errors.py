@@ -141,7 +141,9 @@ def _alternatives(entries: Sequence[str]) -> str:
 def _expected(entry: str) -> str:
     """`Expected a <class 'int'>` as `int`."""
     text = re.sub(r"^Expected an? ", "", " ".join(entry.split()))
-    text = text.partition(". Got value: ")[0]  # a list's item; the whole list is told
+    item, _, got = text.partition(". Got value: ")
+    if got:  # of a list; the whole list is told
+        return f"a list of {_expected(f'Expected a {item}')}"
     if text.startswith("Not a valid subclass"):
         return "a class path, or a mapping with class_path and init_args,"
     if match := re.match(r"Not of type (\w+)", text):

@@ -47,14 +47,14 @@ class StudyFile(RowFile):
         self.write()
 
     def write(self) -> None:
-        """Both files, each whole or not at all."""
-        super().write()
+        """Both files, each whole or not at all; the curves first, as a row says that its run need not be trained again."""
         entries = []
         for row in self.rows:
             if self.identity(row) in self._curves:
                 entry = {name: row.get(name) for name in IDENTITY} | {"curves": self._curves[self.identity(row)]}
                 entries.append(json.dumps(finite(entry), allow_nan=False))
         write_atomically(self.curves_path, ("[\n" + ",\n".join(entries) + "\n]\n").encode())
+        super().write()
 
     def curve(self, row: Row, tag: str) -> list[tuple[int, float]]:
         """One of a row's curves, up to where it is no longer finite; empty where it has none."""
@@ -66,7 +66,7 @@ class StudyFile(RowFile):
         return points
 
     def _compare(self) -> None:
-        """Fill `steps_to_baseline`: the step at which a run's held-out loss reaches what the baseline ends at.
+        """Fill `steps_to_baseline`: the step at which a run's held-out loss reaches the baseline's at its last validation on the way.
 
         That is the mean over its seeds, at the learning rate that is best for it; both on the part of the text that is read on the way.
         """

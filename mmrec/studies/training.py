@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo
 from jsonargparse import Namespace
 from lightning.pytorch import Trainer, seed_everything
 
@@ -107,7 +108,8 @@ def check(run: Run) -> None:
 def fit(run: Run) -> Trained:
     """Train a run's network on the current device; what is then measured of it is its study's business."""
     where = device()
-    ignore_known_warnings()
+    ignore_known_warnings(".*does not have many workers")  # memory-mapped tokens need none
+    torch._dynamo.reset()  # its limits are a process's, and a worker trains networks of many shapes
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # what devices there are, a line for every run
     seed_everything(run.seed, verbose=False)
     data, module = _data(run), _module(run)

@@ -47,7 +47,7 @@ FILES = {
         "data.train_pairs: expected list or null, got some"
     ),
     "data:\n  class_path: datamodules.RecallDataModule\n  init_args:\n    train_pairs: [1.5]\n": (
-        "data.train_pairs: expected int or null, got [1.5]"
+        "data.train_pairs: expected a list of int or null, got [1.5]"
     ),
     "data:\n  init_args:\n    seq_len: .nan\n": "data.seq_len: expected int, got nan",
     "data:\n  class_path: datamodules.C4DataModul\n": "data: datamodules has no class C4DataModul; did you mean C4DataModule?",
