@@ -18,7 +18,7 @@ PANELS = (
 )
 
 
-_LINES = ("-", "--", ":", "-.")  # ten colours each
+_LINES = ("-", "--", ":", "-.")  # there are ten colours, and studies of sixty arms
 
 
 def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
@@ -48,7 +48,8 @@ def draw_curves(path: Path, title: str, arms: Mapping[str, Sequence[Mapping[str,
         axis.set_ylabel(label)
         axis.grid(alpha=0.3)
     if panels:
-        figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+        named = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(named.values(), named.keys(), loc="outside right upper", fontsize=7)
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
