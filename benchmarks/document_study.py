@@ -49,8 +49,10 @@ def counted(rows: Sequence[Row]) -> list[Row]:
     """The rows, a run that never reached what the baseline ends at with all its steps: to leave it out would favour its arm."""
     if not any(values(rows, "steps_to_baseline")):
         return list(rows)
-    never = [row.get("steps_to_baseline") is None and row.get("val_loss") is not None for row in rows]
-    return [row | {"steps_to_baseline": row.get("steps")} if missed else row for row, missed in zip(rows, never, strict=True)]
+    return [
+        row | {"steps_to_baseline": row.get("steps")} if row.get("steps_to_baseline") is None and _loss(row) is not None else row
+        for row in rows
+    ]
 
 
 def over_seeds(rows: Sequence[Row], value: Callable[[Row], float | None], form: str) -> str:
@@ -90,7 +92,7 @@ def uboo_convergence(results: Results) -> str:
         return captioned(body([]), owed_caption(STUDY, _command("protocol")))
     parts = []
     for (parameters, steps, tokens), found in groups(rows, lambda row: tuple(row.get(key) for key in ("params_m", "steps", "tokens_m"))):
-        seeds = ", ".join(f"{arm} {sum(1 for _ in with_values(found, uboo=arm))}" for arm in ARMS)
+        seeds = ", ".join(f"{arm} {len(list(with_values(found, uboo=arm)))}" for arm in ARMS)
         deviation = (
             f"{cell(parameters, ',.0f')} M parameters instead of 7B, books instead of C4, {cell(steps, ',d')} steps, "
             f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have. "

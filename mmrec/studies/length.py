@@ -148,17 +148,16 @@ def descriptions(run: Run, evaluation: Evaluation) -> list[Row]:
 def measure(run: Run, evaluation: Evaluation) -> list[Row]:
     """Train a run, then read the books in windows of each length."""
     trained, short = fit(run), trained_length(run)
-    common = run.description() | {
+    common = {
         **trained.parameters(),
-        "trained_length": short,
         **trained.validate(),
         "peak_gib": trained.peak_gib,
         "seconds": round(trained.seconds, 1),
     }
     rows = []
     with trained.evaluation() as network:
-        for length in evaluation.lengths:
-            windows = windows_of(evaluation.books, length)
+        for known in descriptions(run, evaluation):
+            windows = windows_of(evaluation.books, known["length"])
             found = summarised(losses_of(network, windows), losses_of(network, windows, short), windows.books, short)
-            rows += [common | {"length": length} | row | machine(device()) for row in found]
+            rows += [known | common | row | machine(device()) for row in found]
     return rows
