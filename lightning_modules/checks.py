@@ -116,7 +116,7 @@ def _beyond_shapes(config: MMRecConfig | BaselineConfig) -> dict[str, Any]:
     if config.num_windows:
         found["window"] = config.window  # a convolution's width is a shape
     if config.use_uboo:
-        found |= {"planning_loss": config.planning_loss, "planning_horizon": config.planning_horizon}
+        found["planning_loss"] = config.planning_loss
     return found
 
 

@@ -183,9 +183,6 @@ class MMRecLightningModule(LightningModule):
         if stage == "fit":
             self._schedule_end()
             self._require_optimizer()
-            if self.network.use_uboo and self.config.planning_loss == "ema" and self.trainer.precision == "bf16-true":
-                fault = "planning_loss=ema needs a moving average in fp32: in bf16-true its steps are lost to rounding"
-                raise ValueError(f"{fault}; set trainer.precision=bf16-mixed")
         if stage == "fit" and self.hparams["fp8"] and not self._in_float8:
             check_float8(self.network, self.trainer.strategy.root_device, self.trainer.precision)
             convert_to_float8(self.network)
@@ -288,7 +285,6 @@ class MMRecLightningModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then log the step's losses every `trainer.log_every_n_steps` steps, the first and the last included."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self.network.after_step()
         micro_batches, self._micro_batches, self.step_losses = self._micro_batches, [], None
         self.last_step_loss = torch.stack([micro_batch.loss for micro_batch in micro_batches]).mean()
         step = self.trainer.global_step  # still the number of steps before this one

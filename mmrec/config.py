@@ -10,8 +10,6 @@ from mmrec.nearest import nearest_name
 _MOST_TAPS = 16  # of a convolution: each is a read of the whole tensor
 _HEAD_WIDTH = 128  # the width aimed at where num_heads is not given
 _FFN_MULTIPLE = 256  # feed-forward widths are rounded to this, for the matrix units' tiles
-_PLANNING_LOSSES = ("mse", "normalized", "ema", "decode", "order")
-_ABOVE_THE_BLOCKS = ("decode", "order")  # planning losses of the last hidden states: one for the network, none a layer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,11 +35,8 @@ class MMRecConfig:
         decay_accum_dtype: in which dtype the decays of a carried state are summed where `state_gate` is false.
         use_uboo: the planning error as an auxiliary loss.
         lambda_P: its weight; 0.05–0.1 below 1 B parameters, 0.1–0.2 to 7 B, 0.1–0.15 above.
-        planning_loss: "mse", the literal form; "normalized", which has no trivial minimum; "ema", the same with the moving average of
-            W_planning_target in the place of the fixed projection. Above the blocks and no layer's: "decode", what the head will read from
-            the next state; "order", which tokens come next, and in which order.
-        planning_horizon: from how many tokens back a state is predicted.
-        planning_layers: which layers have a planning error: "all", the "upper" half (rounded up), the "last".
+        planning_loss: "mse", the literal form; "normalized", which has no trivial minimum.
+        planning_layers: which layers have a planning error: "all" or the "last".
         planning_error_dim: E, width of the two planning projections. None: D.
         planning_reduction: how the losses of the layers that have one are joined, "sum" or "mean".
         orthogonalize: remove from the planning error's gradient, token by token, its part along the main gradient.
@@ -72,9 +67,8 @@ class MMRecConfig:
     decay_accum_dtype: Literal["float32", "float64"] = "float32"
     use_uboo: bool = True
     lambda_P: float = 0.1
-    planning_loss: Literal["mse", "normalized", "ema", "decode", "order"] = "mse"
-    planning_horizon: int = 1
-    planning_layers: Literal["all", "upper", "last"] = "all"
+    planning_loss: Literal["mse", "normalized"] = "mse"
+    planning_layers: Literal["all", "last"] = "all"
     planning_error_dim: int | None = None
     planning_reduction: Literal["sum", "mean"] = "sum"
     orthogonalize: bool = False
@@ -87,7 +81,7 @@ class MMRecConfig:
 
     def __post_init__(self) -> None:
         positive = ("vocab_size", "model_dim", "num_layers", "num_heads", "ffn_dim", "pe_dim", "dpg_rank", "planning_error_dim")
-        for name in (*positive, "loss_chunk_size", "window_every", "window", "window_conv", "planning_horizon"):
+        for name in (*positive, "loss_chunk_size", "window_every", "window", "window_conv"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 none = ", or null for no windows" if name == "window_every" else ""
@@ -100,17 +94,13 @@ class MMRecConfig:
             raise ValueError(f"window_conv = {self.window_conv} is more than {_MOST_TAPS} tokens; give at most that many")
         choices = {
             "decay_accum_dtype": ("float32", "float64"),
-            "planning_loss": _PLANNING_LOSSES,
-            "planning_layers": ("all", "upper", "last"),
+            "planning_loss": ("mse", "normalized"),
+            "planning_layers": ("all", "last"),
             "planning_reduction": ("sum", "mean"),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}")
-        if self.planning_loss in _ABOVE_THE_BLOCKS:
-            for name, default in {"orthogonalize": False, "planning_horizon": 1, "planning_layers": "all"}.items():
-                if getattr(self, name) != default:
-                    raise ValueError(f"{name} is of losses of a block's h, planning_loss {self.planning_loss!r} has none; leave it out")
         if self.activation_checkpointing not in (True, False, "selective"):
             raise ValueError(f"activation_checkpointing is {self.activation_checkpointing!r}; choose one of true, false, selective")
         if not 0 <= self.lambda_P < float("inf"):
@@ -148,14 +138,12 @@ class MMRecConfig:
 
     @property
     def first_planning_layer(self) -> int:
-        """The lowest layer with a planning error; a loss above the blocks counts as the last layer's."""
-        if self.planning_loss in _ABOVE_THE_BLOCKS:
-            return self.num_layers - 1
-        return {"all": 0, "upper": self.num_layers // 2, "last": self.num_layers - 1}[self.planning_layers]
+        """The lowest layer with a planning error."""
+        return {"all": 0, "last": self.num_layers - 1}[self.planning_layers]
 
     def has_planning(self, layer_index: int) -> bool:
         """Whether a layer has planning projections."""
-        return self.use_uboo and self.planning_loss not in _ABOVE_THE_BLOCKS and layer_index >= self.first_planning_layer
+        return self.use_uboo and layer_index >= self.first_planning_layer
 
     @property
     def input_scale(self) -> float:

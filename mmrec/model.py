@@ -14,18 +14,10 @@ from mmrec.config import MMRecConfig, config_from_fields, warn_about_lambda_P
 from mmrec.core import memory, uboo
 from mmrec.core.cross_entropy import linear_cross_entropy
 from mmrec.core.memory import BlockState
-from mmrec.core.next_state import NextState
-from mmrec.core.token_order import TokenOrder
 from mmrec.core.uboo import PlanningLoss
 
 # Which only training needs, by the ends of their names.
-PLANNING_WEIGHTS = (
-    "mdi.W_planning_error.weight",
-    "mdi.W_planning_target.weight",
-    "planner.W_in.weight",
-    "planner.W_out.weight",
-    "planner.W_order.weight",
-)
+PLANNING_WEIGHTS = ("mdi.W_planning_error.weight", "mdi.W_planning_target.weight")
 
 
 class LossOutput(NamedTuple):
@@ -35,7 +27,7 @@ class LossOutput(NamedTuple):
         loss: 0-dim fp32, `main + auxiliary`.
         main: 0-dim fp32, the cross-entropy in nats a token.
         auxiliary: 0-dim fp32, λ_P times the layers' planning errors; 0 where `use_uboo` is false.
-        auxiliary_by_layer: (L,) fp32, each layer's planning error, unscaled, 0 where it has none; one above the blocks is the last's.
+        auxiliary_by_layer: (L,) fp32, each layer's planning error, unscaled, 0 where it has none.
         num_tokens: 0-dim int64, labels that counted.
         diagnostics: {} or tensors (L,): see `MMRecModel.diagnose`.
     """
@@ -82,11 +74,6 @@ class MMRecModel(nn.Module):
             self.head.weight = self.embedding.weight
         else:
             nn.init.normal_(self.head.weight, std=config.initializer_range)
-        self.planner: NextState | TokenOrder | None = None
-        if config.use_uboo and config.planning_loss == "decode":
-            self.planner = NextState(config)
-        elif config.use_uboo and config.planning_loss == "order":
-            self.planner = TokenOrder(config)
         if config.use_uboo:
             warn_about_lambda_P(config.lambda_P, self.num_parameters())
 
@@ -146,11 +133,8 @@ class MMRecModel(nn.Module):
             Logits (B, T, vocab_size), contiguous, or a tuple of them and what was asked for, in this order.
 
         Raises:
-            ValueError: for T = 0, a wrong shape or dtype, a `chunk_size` below 1, a state of another number of layers; where an auxiliary
-                loss above the blocks is asked for.
+            ValueError: for T = 0, a wrong shape or dtype, a `chunk_size` below 1, a state of another number of layers.
         """
-        if return_auxiliary_loss and self.planner is not None:
-            raise ValueError(f"planning_loss {self.config.planning_loss!r} is formed with the training loss alone; call loss(batch)")
         self._check(input_ids, reset, state, chunk_size)
         size = chunk_size if chunk_size is not None else input_ids.shape[1]
         logits, planning = [], None
@@ -179,20 +163,10 @@ class MMRecModel(nn.Module):
         input_ids, labels, reset = batch["input_ids"], batch["labels"], batch.get("reset")
         self._check(input_ids, reset, None, None)
         hidden, planning, _ = self._hidden(input_ids, reset, None, with_planning=self.use_uboo)
-        if isinstance(self.planner, NextState):
-            planning[-1] = self.planner(hidden, self._embed(input_ids), self.head.weight, reset)
-        elif self.planner is not None:
-            planning[-1] = self.planner(hidden, labels, reset)
         main, count = linear_cross_entropy(hidden.flatten(0, 1), self.head.weight, labels.flatten(), self.config.loss_chunk_size)
         by_layer = self._by_layer(planning)
         auxiliary = self._auxiliary_total(by_layer)
         return LossOutput(main + auxiliary, main, auxiliary, by_layer, count, self.diagnose(batch) if diagnostics else {})
-
-    def after_step(self) -> None:
-        """What follows an optimiser step: the targets' moving averages move, where `planning_loss` is "ema"."""
-        if self.config.planning_loss == "ema":
-            planned = [block.mdi for block in cast("list[MMRecBlock]", list(self.blocks)) if block.mdi.use_uboo]
-            uboo.follow([mdi.W_planning_error.weight for mdi in planned], [mdi.W_planning_target.weight for mdi in planned])
 
     def init_state(self, batch_size: int, device: torch.device | str | None = None) -> list[BlockState]:
         """The state before the first token: zeros in fp32 (float64 for a float64 network), windows' tokens in the weights' dtype."""
@@ -234,7 +208,7 @@ class MMRecModel(nn.Module):
             jacobian = record["gate_jacobian"]
             rows.setdefault("gate_jacobian_max", []).append(jacobian.amax())
             rows.setdefault("gate_jacobian_share", []).append((jacobian > 1).float().mean())
-            if self.use_uboo and self.planner is None:
+            if self.use_uboo:
                 variance = rank = jacobian.new_zeros(())
                 if "planning_target" in record:
                     variance, rank = uboo.target_statistics(record["planning_target"], record["counted"])
@@ -269,8 +243,6 @@ class MMRecModel(nn.Module):
         matrices = sum(p.numel() for name, p in self.named_parameters() if name.rpartition(".")[2] in ("weight", "w_alpha") and p.ndim == 2)
         if not config.tie_embeddings:
             matrices -= self.embedding.weight.numel()
-        if isinstance(self.planner, NextState):  # the head reads both states, and of its weight there is no gradient
-            matrices += self.head.weight.numel()
         inside = min(seq_len, config.window)
         seen = inside * (1 - (inside - 1) / (2 * seq_len))  # tokens that a token of a sequence sees on average
         windows = config.num_windows

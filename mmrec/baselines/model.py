@@ -104,9 +104,6 @@ class BaselineModel(nn.Module):
         attention = 6 * config.num_layers * config.model_dim * seq_len if config.kind == "transformer++" else 0
         return 6 * weights + attention
 
-    def after_step(self) -> None:
-        """Nothing: there is no auxiliary loss."""
-
     def diagnose(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Nothing: there is no auxiliary loss."""
         return {}

@@ -224,13 +224,12 @@ class MMRecBlock(nn.Module):
     ) -> uboo.PlanningLoss:
         """UBÖO's loss of this block; `h_target` is `h` as the gradient of the planning target may reach it."""
         weights = (self.mdi.W_planning_error, self.mdi.W_planning_target)
-        horizon = self.config.planning_horizon
-        counted = uboo.counted_tokens(h, before, reset, horizon)
+        counted = uboo.counted_tokens(h, before, reset)
         if self.config.planning_loss == "mse":
-            loss = uboo.literal_loss(*weights, h, h_target, before, counted, horizon)
-            target = None if record is None else self.mdi.W_planning_target(uboo.shift(h_target, before, horizon))
+            loss = uboo.literal_loss(*weights, h, h_target, before, counted)
+            target = None if record is None else self.mdi.W_planning_target(uboo.shift(h_target, before))
         else:
-            loss, target = uboo.normalized_loss(*weights, h, uboo.shift(h_target, before, horizon), counted)
+            loss, target = uboo.normalized_loss(*weights, h, uboo.shift(h_target, before), counted)
         if record is not None and target is not None:
             record["planning_target"] = target.detach()
             record["counted"] = counted

@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from mmrec.config import MMRecConfig
-from mmrec.core.token_order import WINDOW
 from mmrec.model import MMRecModel
 
-# Bytes that exist at a time for each logit of a chunk: of the main loss, and of the losses above the blocks, which have no kernel.
-_LOGIT, _LOGIT_ABOVE = 8, {"decode": 20, "order": 16}
+_LOGIT = 8  # bytes that exist at a time for each logit of a chunk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,13 +92,7 @@ def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:
     ]
     # Blocks that are formed again are there one at a time.
     kept = config.num_layers * inputs + max(layers) if config.activation_checkpointing is True else sum(layers)
-    above = config.planning_loss if config.use_uboo else ""
-    kept_above = {
-        "decode": 6 * config.model_dim * number,  # the predictor's input of 2D, hidden layer and its GELU; both states of the divergence
-        "order": 12 * WINDOW,  # tokens to come, int64, and their weights
-    }.get(above, 0)
-    logits = min(tokens, config.loss_chunk_size) * config.vocab_size
-    return tokens * (kept + kept_above) + logits * max(_LOGIT, _LOGIT_ABOVE.get(above, 0))
+    return tokens * kept + min(tokens, config.loss_chunk_size) * config.vocab_size * _LOGIT
 
 
 def _block(config: MMRecConfig, number: int, has_window: bool) -> int:
@@ -123,7 +115,7 @@ def _block(config: MMRecConfig, number: int, has_window: bool) -> int:
 
 def _planning(config: MMRecConfig, number: int) -> int:
     """Bytes a token that a layer's planning error keeps, in numbers of so many bytes; what its products read is there already."""
-    if config.planning_loss == "mse":  # both products; from further back their difference, in fp32
-        return config.planning_width * (2 * number if config.planning_horizon == 1 else 4)
+    if config.planning_loss == "mse":  # both products
+        return config.planning_width * 2 * number
     # h one token earlier, in fp32 the product that is trained and its distance from the target.
     return config.model_dim * number + config.planning_width * 8

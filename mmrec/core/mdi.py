@@ -62,7 +62,6 @@ class MDI(nn.Module):
         super().__init__()
         self.use_dpg = config.use_dpg
         self.use_uboo = config.has_planning(layer_index)
-        self.follows = config.planning_loss == "ema"
         self.planning_error_dim = config.planning_width
         self.initializer_range = config.initializer_range
         self.heads = config.heads
@@ -77,7 +76,7 @@ class MDI(nn.Module):
         if self.use_uboo:
             self.W_planning_error = empty_linear(dim, self.planning_error_dim, bias=False)
             self.W_planning_target = empty_linear(dim, self.planning_error_dim, bias=False)
-            # The normalised forms regress on a projection of h_t without a gradient: were it trained, it could shrink to nothing.
+            # The normalised form regresses on a projection of h_t without a gradient: were it trained, it could shrink to nothing.
             self.W_planning_error.weight.requires_grad_(config.planning_loss == "mse")
         self.reset_parameters()
 
@@ -95,8 +94,6 @@ class MDI(nn.Module):
                     nn.init.zeros_(module.bias)
         for index, linear in enumerate(planning):
             draw_apart(linear.weight, self.initializer_range, index)
-        if self.use_uboo and self.follows:
-            self.W_planning_error.weight.copy_(self.W_planning_target.weight)  # an average begins where what it follows does
         bias = self.up_bias.bias if self.use_dpg else self.decay_mlp.out_bias.bias
         gamma = 1 - 1 / spread_time_constants(bias.numel(), SHORT_TERM_TIME_CONSTANTS, groups=self.heads)
         if not self.use_dpg:

@@ -7,12 +7,9 @@ gradient: the updated memory is not pulled towards its own prediction, the previ
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mmrec.ops import planning_error
-
-_EMA_DECAY = 0.99  # an optimiser step
 
 
 class PlanningLoss(NamedTuple):
@@ -76,23 +73,14 @@ def route(h_BTD: Tensor, orthogonalize: bool) -> tuple[Tensor, Tensor]:
     return for_output, for_target
 
 
-def shift(h_BTD: Tensor, carried_BD: Tensor | None, horizon: int = 1) -> Tensor:
-    """`h_{t−n}` for every token, (B, T, D): the carried state, or zero, stands before the first; beyond a horizon n of 1 zeros do."""
-    if horizon > 1:
-        return F.pad(h_BTD, (0, 0, horizon, 0))[:, : h_BTD.shape[1]]
+def shift(h_BTD: Tensor, carried_BD: Tensor | None) -> Tensor:
+    """`h_{t−1}` for every token, (B, T, D): the carried state, or zero, stands before the first."""
     first = torch.zeros_like(h_BTD[:, :1]) if carried_BD is None else carried_BD.to(h_BTD.dtype).unsqueeze(1)
     return torch.cat([first, h_BTD[:, :-1]], dim=1)
 
 
-def counted_tokens(h_BTD: Tensor, carried_BD: Tensor | None, reset_BT: Tensor | None, horizon: int = 1) -> Tensor:
-    """Boolean (B, T): which tokens have a previous state. The first without a carry and a document's first have none.
-
-    With a horizon n above 1, those whose `h_{t−n}` lies in their document and in this sequence: only one state is carried into it.
-    """
-    if horizon > 1:
-        document_BT = h_BTD.new_zeros(h_BTD.shape[:2], dtype=torch.int64) if reset_BT is None else reset_BT.cumsum(1)
-        before_BT = F.pad(document_BT, (horizon, 0), value=-1)[:, : h_BTD.shape[1]]
-        return document_BT == before_BT
+def counted_tokens(h_BTD: Tensor, carried_BD: Tensor | None, reset_BT: Tensor | None) -> Tensor:
+    """Boolean (B, T): which tokens have a previous state. The first without a carry and a document's first have none."""
     counted = torch.ones(h_BTD.shape[:2], dtype=torch.bool, device=h_BTD.device) if reset_BT is None else ~reset_BT
     has_carry = torch.zeros_like(counted[:, 0]) if carried_BD is None else (carried_BD != 0).any(-1)
     return torch.cat([counted[:, :1] & has_carry.unsqueeze(1), counted[:, 1:]], dim=1)
@@ -111,7 +99,6 @@ def literal_loss(
     h_target_BTD: Tensor,
     carried_BD: Tensor | None,
     counted_BT: Tensor,
-    horizon: int = 1,
 ) -> PlanningLoss:
     """The founding form, `Σ (W_planning_error sg[h_t] − W_planning_target h_{t−1})²`.
 
@@ -119,14 +106,8 @@ def literal_loss(
         h_BTD, h_target_BTD: the states, and the same as the target's gradient may reach them.
         carried_BD: the state before the first token, or None.
         counted_BT: what `counted_tokens` returned.
-        horizon: n, where `h_{t−n}` stands in the place of `h_{t−1}`.
     """
     updated = W_planning_error(h_BTD.detach())
-    if horizon > 1:
-        planned = shift(W_planning_target(h_target_BTD), None, horizon)
-        wide = torch.promote_types(updated.dtype, torch.float32)
-        squared_BT = (updated.to(wide) - planned.to(wide)).square().sum(-1)
-        return PlanningLoss(torch.where(counted_BT, squared_BT, 0).sum(), counted_BT.sum() * updated.shape[-1])
     first = None if carried_BD is None else W_planning_target(carried_BD.to(h_target_BTD.dtype))
     total = planning_error(updated, W_planning_target(h_target_BTD), first, counted_BT)
     return PlanningLoss(total, counted_BT.sum() * updated.shape[-1])
@@ -144,13 +125,6 @@ def normalized_loss(
     target = rms(W_planning_error(h_BTD.detach())).detach()
     squared_BT = (target - rms(W_planning_target(previous_BTD))).square().sum(-1)
     return PlanningLoss(torch.where(counted_BT, squared_BT, 0).sum(), counted_BT.sum() * target.shape[-1]), target
-
-
-@torch.no_grad()
-def follow(averages: list[Tensor], weights: list[Tensor]) -> None:
-    """Take each moving average a step further towards its weight, in place."""
-    if averages:
-        torch._foreach_lerp_(averages, weights, 1 - _EMA_DECAY)
 
 
 def target_statistics(target_BTE: Tensor, counted_BT: Tensor, max_tokens: int = 1024) -> tuple[Tensor, Tensor]:

@@ -93,8 +93,7 @@ def test_a_checkpoint_from_before_the_embedding_was_scaled_says_how_to_go_on() -
         ({}, {"embedding_scale": None}, {"embedding_scale": 1.0}, "embedding_scale is null there and 1.0 here; set model.network.em"),
         ({}, {"state_gate": False}, {}, "state_gate is false there and true here; set model.network.state_gate=false"),
         ({}, {"tie_embeddings": False}, {}, "tie_embeddings is false there and true here; set model.network.tie_embeddings=false"),
-        ({}, {"planning_loss": "ema"}, {}, "planning_loss is ema there and mse here; set model.network.planning_loss=ema"),
-        ({}, {}, {"planning_horizon": 4}, "planning_horizon is 1 there and 4 here; set model.network.planning_horizon=1"),
+        ({}, {"planning_loss": "normalized"}, {}, "planning_loss is normalized there and mse here; set model.network.planning_loss=norm"),
     ],
 )
 def test_what_no_shape_shows_is_compared(
@@ -113,10 +112,10 @@ def test_the_same_function_written_otherwise_is_no_other_network(stubs: ModuleTy
     written = asdict(network.config) | {"window": 8}  # there is no window
     checkpoint = {"state_dict": network.state_dict(), "hyper_parameters": {"network": written}}
     check_checkpoint_shapes(checkpoint, network, replace(network.config, embedding_scale=4.0))  # √16
-    older = {name: value for name, value in written.items() if name not in ("norm_eps", "state_gate", "planning_loss", "planning_horizon")}
+    older = {name: value for name, value in written.items() if name not in ("norm_eps", "state_gate", "planning_loss")}
     checkpoint["hyper_parameters"] = {"network": older | {"a_field_that_is_gone": 1}}
     check_checkpoint_shapes(checkpoint, network, network.config)
-    plain = MMRecModel(stubs.tiny_config(use_uboo=False, planning_loss="ema"))  # without a planning error its form means nothing
+    plain = MMRecModel(stubs.tiny_config(use_uboo=False, planning_loss="normalized"))  # without a planning error its form means nothing
     checkpoint = {"state_dict": plain.state_dict(), "hyper_parameters": {"network": asdict(plain.config)}}
     check_checkpoint_shapes(checkpoint, plain, replace(plain.config, planning_loss="mse"))
 

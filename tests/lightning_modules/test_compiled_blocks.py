@@ -35,9 +35,9 @@ def everything_a_training_asks_for(network: MMRecModel) -> None:
 
 
 def make_network() -> MMRecModel:
-    # Matrices and windows, with a planning error and without: four kinds of blocks.
-    sizes = {"vocab_size": 50, "model_dim": 16, "num_layers": 6, "num_heads": 2, "ffn_dim": 16, "window": 8}
-    return MMRecModel(MMRecConfig(**sizes, use_uboo=True, planning_layers="upper"))
+    # Matrices and windows without a planning error, and a matrix with one: three kinds of blocks.
+    sizes = {"vocab_size": 50, "model_dim": 16, "num_layers": 7, "num_heads": 2, "ffn_dim": 16, "window": 8}
+    return MMRecModel(MMRecConfig(**sizes, use_uboo=True, planning_layers="last"))
 
 
 def test_every_form_of_every_block_is_compiled() -> None:

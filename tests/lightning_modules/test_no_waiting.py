@@ -41,9 +41,7 @@ class NoWaiting(Callback):
         ("bf16-mixed", {}, {"use_uboo": False}),
         ("bf16-mixed", {"compile_blocks": True}, {}),
         ("bf16-mixed", {"cuda_graph": True}, {}),
-        ("bf16-mixed", {}, {"planning_loss": "ema"}),
-        ("bf16-mixed", {}, {"planning_loss": "decode"}),
-        ("bf16-mixed", {}, {"planning_loss": "order"}),
+        ("bf16-mixed", {}, {"planning_loss": "normalized"}),
         ("bf16-true", {"lambda_P_final": 0.05, "lambda_P_anneal_steps": 8}, {"orthogonalize": True}),
         ("32-true", {}, {"use_dpg": True, "activation_checkpointing": True}),
         ("bf16-true", {"optimizer": "adamw_8bit"}, {"use_uboo": False}),
@@ -52,7 +50,7 @@ class NoWaiting(Callback):
         ("bf16-mixed", {}, None),
         ("bf16-mixed", {"cuda_graph": True}, None),
     ],
-    ids=["mixed", "compiled", "graph", "ema", "decode", "order", "bf16", "fp32", "8bit", *OTHERS],
+    ids=["mixed", "compiled", "graph", "normalized", "bf16", "fp32", "8bit", *OTHERS],
 )
 def test_no_step_waits(
     precision: str, module: dict[str, Any], network: dict[str, Any] | None, accumulate: int, tmp_path: Path, stubs: ModuleType

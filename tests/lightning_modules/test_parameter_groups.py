@@ -9,7 +9,7 @@ from lightning_modules.parameter_groups import assert_covers, parameter_groups
 from mmrec.model import MMRecModel
 
 NETWORKS = [
-    *({"planning_loss": form} for form in ("mse", "normalized", "ema", "decode", "order")),
+    *({"planning_loss": form} for form in ("mse", "normalized")),
     {"use_hem": False, "use_dpg": True},
     {"tie_embeddings": False},
     {"use_uboo": False},
