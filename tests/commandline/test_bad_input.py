@@ -41,7 +41,7 @@ FILES = {
     "data: 3\n": "data: expected a class path, or a mapping with class_path and init_args, or null, got 3",
     "model:\n  network:\n    pe_dim: [1]\n": "model.network.pe_dim: expected int or null, got [1]",
     "model:\n  network: {planning_loss: mze}\n": (
-        "model.network.planning_loss: expected one of mse, normalized, ema, decode, order, got mze; did you mean mse?"
+        "model.network.planning_loss: expected one of mse, normalized, got mze; did you mean mse?"
     ),
     "data:\n  class_path: datamodules.RecallDataModule\n  init_args:\n    train_pairs: some\n": (
         "data.train_pairs: expected list or null, got some"

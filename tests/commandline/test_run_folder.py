@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cli_support import fit, scalars, tags
+from cli_support import VOCABULARY, fit, scalars, tags
 
+from datamodules.sample import ensure_sample
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.model import MMRecModel
 
@@ -192,7 +193,7 @@ def test_what_the_new_run_has_made_by_then_stays(tmp_path: Path) -> None:
 def test_bad_lines_met_in_training_end_in_one_line(tiny_config: Path, sample_cache: Path, cli) -> None:
     good = json.dumps({"text": "word " * 10}) + "\n"
     Path("text.jsonl").write_text(good * 1200 + "no json\n" * 100 + good * 2)  # behind what is looked at before anything is built
-    tokenizer = next(sample_cache.rglob("tokenizer.json"))
+    tokenizer = ensure_sample(sample_cache, VOCABULARY) / "tokenizer.json"
     arguments = {"source": "local", "tokenizer": str(tokenizer), "train_files": "text.jsonl", "validation_files": "good.jsonl"}
     Path("good.jsonl").write_text(good * 5)
     Path("x.yaml").write_text(yaml.safe_dump({"data": {"init_args": {**arguments, "cache_dir": None, "max_bad_line_share": 0.05}}}))
