@@ -98,19 +98,26 @@ def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:
 def _block(config: MMRecConfig, number: int, has_window: bool) -> int:
     """Bytes a token that a layer keeps for its backward, in numbers of so many bytes, counted from what its functions save.
 
-    UBÖO's come on top; what a head has one number of, not one a channel, is left out. Where `state_gate` is false, each operator keeps its
-    inputs on its own, some 30 bytes a channel more, which are not counted.
+    UBÖO's come on top; what a head has one number of, not one a channel, is left out.
     """
     dim, ffn = config.model_dim, config.ffn_width
-    # Stream and norm twice, six projections, both gates' logits, h, r and gated read-out; both gates' hidden layers; gate and up.
-    numbers = 15 * dim + 2 * (dim // 4) + 2 * ffn
-    if config.activation_checkpointing != "selective":  # which forms these again
-        numbers += 2 * dim + ffn  # two addresses; the product of gate and up
+    operators_apart = not config.state_gate  # each is differentiated on its own and keeps its inputs
+    hidden = config.dpg_rank if config.use_dpg else 2 * (dim // 4)
+    logits = dim if config.use_dpg else 2 * dim
+    # Stream and norm twice, six projections, the decay's logits and hidden layers, h, r and gated read-out; gate and up.
+    numbers, wide = 13 * dim + logits + hidden + 2 * ffn, 0
+    if operators_apart:  # fp32 decays, their logs and states in place of some of these; GELU keeps its input too
+        numbers, wide = numbers - 4 * dim + (0 if config.use_dpg else hidden), 10 * dim
+    selective = config.activation_checkpointing == "selective"
+    if not selective:
+        numbers += ffn  # the product of gate and up, which selective forms again
+    if operators_apart or not selective:
+        numbers += 2 * dim  # two addresses
         if has_window:
             numbers += 2 * dim if config.window_conv > 1 else 0  # q and k convolved; without that they are the projections
         elif number == 2:
             numbers += 2 * dim  # the memories between chunks, for heads of 128; in fp32 they are not kept
-    return numbers * number
+    return numbers * number + wide * 4
 
 
 def _planning(config: MMRecConfig, number: int) -> int:
