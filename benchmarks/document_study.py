@@ -8,6 +8,8 @@ from document_markdown import UNKNOWN, captioned, cell, change, markdown, measur
 from document_sources import STUDY, Measured, Results, Row, groups, values, with_values
 
 ARMS = ("off", "mse", "normalized")
+SEEDS = 3  # of each arm of the protocol
+PROTOCOL_TOKENS = 4 * 2048  # a step of the protocol; what has more is its form at the batch of 128
 METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
     ("Steps to the baseline's final loss", "−20 … −30 %", ",.0f", lambda row: row.get("steps_to_baseline")),
     ("Final perplexity", "−3 … −5 %", ".3f", lambda row: None if row.get("val_loss") is None else math.exp(row["val_loss"])),
@@ -69,8 +71,22 @@ def mean_and_range(found: Sequence[float], form: str) -> str:
 
 
 def owed_studies(rows: Sequence[Row]) -> str:
-    """Which of the studies that have a table have no row."""
-    return ", ".join(f"`--study {name}`" for name in ("protocol", "uboo", "finalist") if not any(with_values(rows, study=name)))
+    """Which of the studies that have a table have no row, and which arms of the protocol have not all their seeds."""
+    owed = [f"`--study {name}`" for name in ("protocol", "uboo", "finalist") if not any(with_values(rows, study=name))]
+    for _, found in groups(with_values(rows, study="protocol"), _protocol):
+        few = {arm: len(list(with_values(found, uboo=arm))) for arm in ARMS}
+        seeds = ", ".join(f"{arm} {number}" for arm, number in few.items() if number < SEEDS)
+        owed += [f"`--study {_protocol_study(found)}`: {seeds} of {SEEDS} seeds"] if seeds else []
+    return "; ".join(owed)
+
+
+def _protocol(row: Row) -> tuple[object, ...]:
+    return tuple(row.get(key) for key in ("params_m", "steps", "tokens_m"))
+
+
+def _protocol_study(rows: Sequence[Row]) -> str:
+    """What `train_uboo_test` calls the protocol in the form that some rows are of."""
+    return "protocol_128" if any((row.get("batch_tokens") or 0) > PROTOCOL_TOKENS for row in rows) else "protocol"
 
 
 @table
@@ -91,14 +107,15 @@ def uboo_convergence(results: Results) -> str:
     if measured is None:
         return captioned(body([]), owed_caption(STUDY, _command("protocol")))
     parts = []
-    for (parameters, steps, tokens), found in groups(rows, lambda row: tuple(row.get(key) for key in ("params_m", "steps", "tokens_m"))):
+    for (parameters, steps, tokens), found in groups(rows, _protocol):
         seeds = ", ".join(f"{arm} {len(list(with_values(found, uboo=arm)))}" for arm in ARMS)
         deviation = (
             f"{cell(parameters, ',.0f')} M parameters instead of 7B, books instead of C4, {cell(steps, ',d')} steps, "
             f"{cell(tokens, ',.0f')} M tokens; seeds: {seeds}; means and ranges; changes over the seeds that both have. "
             "What is to be reached is the mean of what off's seeds end at; a run that never does counts with all its steps"
         )
-        parts.append(captioned(body(found), f"{deviation}. {measured_caption(measured, found, STUDY.command, stands_in=True)}"))
+        command = _command(_protocol_study(found))
+        parts.append(captioned(body(found), f"{deviation}. {measured_caption(measured, found, command, stands_in=True)}"))
     return "\n\n".join(parts)
 
 

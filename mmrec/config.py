@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from mmrec.nearest import nearest_name
 
+_WINDOW_EVERY = 3
 _MOST_TAPS = 16  # of a convolution: each is a read of the whole tensor
 _HEAD_WIDTH = 128  # the width aimed at where num_heads is not given
 _FFN_MULTIPLE = 256  # feed-forward widths are rounded to this, for the matrix units' tiles
@@ -27,8 +28,8 @@ class MMRecConfig:
         use_dpg: the decay from a low-rank gate (DPG) instead of the two-factor form (MDI).
         dpg_rank: R, rank of the DPG gate.
         window_every: every so-manieth layer's long-term memory is a window: softmax attention to the last tokens, exact, where the others
-            keep a matrix of everything, inexact. By measured loss (docs/log.md): none is worse by 0.1. None, or more than there are
-            layers: no layer's.
+            keep a matrix of everything, inexact. By measured loss (docs/log.md): none is worse by 0.1. None, or the default
+            where there are fewer layers: no layer's.
         window: tokens such a layer sees, W.
         window_conv: tokens that its queries and keys are mixed of before they are addresses, a convolution a channel; 1: none.
         state_gate: whether the state gates its own write (w_g is learned); false makes the recurrence linear.
@@ -60,7 +61,7 @@ class MMRecConfig:
     pe_dim: int | None = None
     use_dpg: bool = False
     dpg_rank: int = 128
-    window_every: int | None = 3
+    window_every: int | None = _WINDOW_EVERY
     window: int = 512
     window_conv: int = 4
     state_gate: bool = True
@@ -86,6 +87,9 @@ class MMRecConfig:
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 none = ", or null for no windows" if name == "window_every" else ""
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least 1{none}")
+        if self.window_every not in (None, _WINDOW_EVERY) and self.window_every > self.num_layers:
+            fault = f"window_every = {self.window_every} is more than num_layers = {self.num_layers}, no layer would have a window"
+            raise ValueError(f"{fault}; give fewer, or null for none")
         if self.model_dim % self.heads:
             raise ValueError(f"num_heads = {self.heads} does not divide model_dim = {self.model_dim}; choose a divisor")
         if self.model_dim % self.pe_width:

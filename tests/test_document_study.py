@@ -21,6 +21,19 @@ def test_a_run_that_never_reaches_the_baseline_s_end_is_not_left_out(document: M
     assert "`mse` −4.5 %, `normalized` +1.0 % | `mse` no, `normalized` no |" in made
 
 
+def test_the_protocol_s_two_forms_have_a_command_each_and_what_they_lack_is_owed(document: ModuleType, tmp_path: Path) -> None:
+    rows = [
+        {"study": "protocol", "steps": steps, "batch_tokens": tokens, "uboo": uboo, "seed": seed, "val_loss": 3.0} | PLACE
+        for steps, tokens in ((10000, 8192), (381, 262144))
+        for uboo in ("off", "mse", "normalized")
+        for seed in range(3 if steps == 10000 else 1 + (uboo == "off"))
+    ]
+    made = written(document, tmp_path, convergence_h100=rows)
+    assert "train_uboo_test --study protocol --tokens-dir" in made
+    assert "train_uboo_test --study protocol_128 --tokens-dir" in made
+    assert "`--study uboo`; `--study finalist`; `--study protocol_128`: off 2, mse 1, normalized 1 of 3 seeds |" in made
+
+
 def test_finalists_stand_beside_the_transformer(document: ModuleType, tmp_path: Path) -> None:
     of_study = {"study": "finalist", "params_m": 125.0, "tokens_m": 98.1, "variant": None} | PLACE
     rows = [

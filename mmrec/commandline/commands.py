@@ -41,6 +41,9 @@ OUR_COMMANDS = {
 }
 
 
+_ELSEWHERE = {"train": "fit", "eval": "validate", "evaluate": "validate"}  # what other programs call them
+
+
 def chosen_command(arguments: Sequence[str]) -> str | None:
     """The command that the arguments begin with; None where they begin with an option, such as `--help`.
 
@@ -54,5 +57,6 @@ def chosen_command(arguments: Sequence[str]) -> str | None:
     if first.startswith("-"):
         return None
     if first not in names:
-        raise ValueError(f"no command {first}{did_you_mean(nearest_name(first, names))} Commands: {', '.join(names)}")
+        meant = _ELSEWHERE.get(first) or nearest_name(first, names)
+        raise ValueError(f"no command {first}{did_you_mean(meant)} Commands: {', '.join(names)}")
     return first

@@ -68,9 +68,10 @@ def find_config(name: str, beside: Path | None = None) -> Path:
         raise IsADirectoryError(f"config {name} is a folder, not a YAML file")
     folder = shipped_config_folder()
     others = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.glob(f"*/*{SUFFIXES[0]}"))]
+    folders = dict.fromkeys(f"{Path(other).parent}/" for other in others)
     wanted = str(given.with_suffix("")) if given.name != name else stem
     hint = did_you_mean(nearest_name(wanted, [*shipped, *others], cutoff=0.6)) or "."
-    raise FileNotFoundError(f"no config {name}{hint} Shipped ones: {', '.join(shipped)}")
+    raise FileNotFoundError(f"no config {name}{hint} Shipped ones: {', '.join(shipped)}; below {', '.join(folders)} are more")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -44,6 +44,9 @@ class _Context(NamedTuple):
         return ".".join(self.keys)
 
 
+_RESUME = ("resume", "resume_from_checkpoint", "resume_from", "checkpoint")  # what other programs call it
+
+
 def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Mapping[str, Sequence[str]] | None = None) -> str:
     """Reduce a message of jsonargparse to one line.
 
@@ -55,6 +58,8 @@ def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Mappin
     keys = tuple(known_keys)
     for pattern in _UNKNOWN_KEYS:
         if match := pattern.match(message.strip()):
+            if match["key"] in _RESUME and "ckpt_path" in keys:
+                return f"unknown key {match['key']}; to go on with a run give --ckpt_path last"
             return f"unknown key {match['key']}{did_you_mean(nearest_key(match['key'], keys))}"
     if message.startswith("unrecognized arguments:"):
         return f"{message.strip()}; options start with -- and are spelled out"

@@ -27,6 +27,8 @@ OPTIONS = {
     ("--checkpoint_every", "0"): "checkpoint_every: expected a whole number above 0, got 0",
     ("--disable_callbacks", "[step]"): "got step; did you mean step_latency?",
     ("--step_latency.windo", "3"): "unknown key step_latency.windo; did you mean step_latency.window?",
+    ("--resume",): "unknown key resume; to go on with a run give --ckpt_path last",
+    ("--model.network.window_every", "5"): "model.network.window_every = 5 is more than num_layers = 2, no layer would have a window; give",
     ("--ckpt_path", "none.ckpt"): "no checkpoint none.ckpt; give a file, or last for the newest under runs/cpu_tiny/checkpoints",
     ("--data.source", "local", "--data.tokenizer", "t.json", "--data.train_files", "none/*"): "data.train_files: no file matches 'none/*'",
     ("--data.source", "tokens", "--data.tokens_dir", "none"): "data.tokens_dir: no manifest.json in none",
@@ -83,16 +85,21 @@ def test_a_bad_config_is_one_line(content: str, cli, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["x.yaml"]
 
 
+def test_configs_in_folders_are_pointed_to(cli) -> None:
+    assert cli("configs", "nope").error.endswith("study_35m; below ablation/, baselines/, recall/ are more")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "no command given; choose one of fit, validate, test, predict, generate, prepare, configs, doctor, or --help"),
         (("fitt",), "no command fitt; did you mean fit?"),
+        (("train",), "no command train; did you mean fit?"),
         (("fit",), "fit: no config; give --config NAME, a file of yours or one of a100_7b, cpu_tiny, debug, h100_125m, "),
         (("fit", "--trainer.accelerator", "cpu"), "fit: no config; give --config NAME"),
         (("predict",), "predict: no config; give --config NAME"),
         (("fit", "--config"), "--config needs the name or path of a config"),
-        (("configs", "nope"), "no config nope"),
+        (("configs", "nope"), "no config nope. Shipped ones: a100_7b,"),
         (("configs", "--jso"), "unknown key jso; did you mean json?"),
         (("prepare",), "missing --files, --output"),
         (("prepare", "--files", "none/*", "--output", "o"), "files: no file matches 'none/*'"),

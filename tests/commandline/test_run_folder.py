@@ -87,6 +87,9 @@ def test_last_starts_anew_where_there_is_no_checkpoint_and_resumes_where_there_i
     assert config["model"]["learning_rate"] == 0.01
     assert yaml.safe_load(Path("runs/tiny/config.yaml").read_text())["model"]["learning_rate"] == 0.5
     assert {path.name for path in Path("runs/tiny").iterdir()} == {"checkpoints", "tb", "config.yaml"}
+    said = "no step was trained: runs/tiny/checkpoints/last.ckpt is at step 7; raise --trainer.max_steps to go on"
+    assert said not in second.out
+    assert said in cli("fit", "--config", str(tiny_config), "--ckpt_path", "last", "--trainer.max_steps", "7").out
 
 
 def test_a_saved_config_evaluates_what_was_trained(finished_run: Path, tiny_config: Path, cli) -> None:
