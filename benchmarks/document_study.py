@@ -7,9 +7,12 @@ from collections.abc import Callable, Sequence
 from document_markdown import UNKNOWN, captioned, cell, change, markdown, measured_caption, owed_caption, table
 from document_sources import STUDY, Measured, Results, Row, groups, values, with_values
 
+from mmrec.studies.plan import studies
+
 ARMS = ("off", "mse", "normalized")
-SEEDS = 3  # of each arm of the protocol
-PROTOCOL_TOKENS = 4 * 2048  # a step of the protocol; what has more is its form at the batch of 128
+_PROTOCOL = studies()["protocol"]
+SEEDS = len(_PROTOCOL.seeds)
+PROTOCOL_TOKENS = _PROTOCOL.batch[0] * 2048  # a step; what has more is its form at the batch of 128
 METRICS: tuple[tuple[str, str, str, Callable[[Row], float | None]], ...] = (
     ("Steps to the baseline's final loss", "−20 … −30 %", ",.0f", lambda row: row.get("steps_to_baseline")),
     ("Final perplexity", "−3 … −5 %", ".3f", lambda row: None if row.get("val_loss") is None else math.exp(row["val_loss"])),
@@ -77,6 +80,9 @@ def owed_studies(rows: Sequence[Row]) -> str:
         few = {arm: len(list(with_values(found, uboo=arm))) for arm in ARMS}
         seeds = ", ".join(f"{arm} {number}" for arm, number in few.items() if number < SEEDS)
         owed += [f"`--study {_protocol_study(found)}`: {seeds} of {SEEDS} seeds"] if seeds else []
+    protocol = list(with_values(rows, study="protocol"))
+    if protocol and _protocol_study(protocol) == "protocol":
+        owed.append("`--study protocol_128`")
     return "; ".join(owed)
 
 

@@ -96,15 +96,30 @@ def check_checkpoint_shapes(checkpoint: Mapping[str, Any], module: nn.Module, co
         raise ValueError(f"the checkpoint is of another network: {fault}; {_remedy(theirs, config)}")
     if not theirs:
         return
-    # What an older checkpoint does not say was as the default is; but there was no scale before it had a field.
-    known = {field.name for field in fields(config)}
-    trained = type(config)(**{"embedding_scale": 1.0} | {name: value for name, value in theirs.items() if name in known})
+    trained = _config_of(theirs, config)
     meant = _beyond_shapes(trained)
     for name, value in _beyond_shapes(config).items():
         if meant.get(name, value) != value:
             there, here = (_written(getattr(one, name)) for one in (trained, config))
             fault = f"{name} is {there} there and {here} here; set model.network.{name}={there}"
             raise ValueError(f"the checkpoint is of another network: {fault}")
+
+
+def _config_of(theirs: Mapping[str, Any], own: MMRecConfig | BaselineConfig) -> MMRecConfig | BaselineConfig:
+    """What a checkpoint was trained with. What an older one does not say was as the default is; but the embedding was not scaled.
+
+    Raises:
+        ValueError: a form of training that is gone.
+    """
+    planned = isinstance(own, MMRecConfig) and own.use_uboo
+    known = {field.name for field in fields(own) if planned or not field.name.startswith("planning_")}
+    if planned and theirs.get("planning_horizon", 1) != 1:
+        fault = f"it was trained with planning_horizon={theirs['planning_horizon']}, which is gone"
+        raise ValueError(f"the checkpoint is of another version of this code: {fault}; set model.network.use_uboo=false")
+    try:
+        return type(own)(**{"embedding_scale": 1.0} | {name: value for name, value in theirs.items() if name in known})
+    except ValueError as error:
+        raise ValueError(f"the checkpoint is of another version of this code: {error}") from error
 
 
 def _beyond_shapes(config: MMRecConfig | BaselineConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class MMRecConfig:
         dpg_rank: R, rank of the DPG gate.
         window_every: every so-manieth layer's long-term memory is a window: softmax attention to the last tokens, exact, where the others
             keep a matrix of everything, inexact. By measured loss (docs/log.md): none is worse by 0.1. None, or the default
-            where there are fewer layers: no layer's.
+            where there are fewer layers than that: no layer's; others must not be above num_layers.
         window: tokens such a layer sees, W.
         window_conv: tokens that its queries and keys are mixed of before they are addresses, a convolution a channel; 1: none.
         state_gate: whether the state gates its own write (w_g is learned); false makes the recurrence linear.
@@ -89,7 +89,7 @@ class MMRecConfig:
                 raise ValueError(f"{name} is {value!r}; give a whole number of at least 1{none}")
         if self.window_every not in (None, _WINDOW_EVERY) and self.window_every > self.num_layers:
             fault = f"window_every = {self.window_every} is more than num_layers = {self.num_layers}, no layer would have a window"
-            raise ValueError(f"{fault}; give fewer, or null for none")
+            raise ValueError(f"{fault}; give at most num_layers, or null for none")
         if self.model_dim % self.heads:
             raise ValueError(f"num_heads = {self.heads} does not divide model_dim = {self.model_dim}; choose a divisor")
         if self.model_dim % self.pe_width:

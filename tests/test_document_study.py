@@ -32,6 +32,8 @@ def test_the_protocol_s_two_forms_have_a_command_each_and_what_they_lack_is_owed
     assert "train_uboo_test --study protocol --tokens-dir" in made
     assert "train_uboo_test --study protocol_128 --tokens-dir" in made
     assert "`--study uboo`; `--study finalist`; `--study protocol_128`: off 2, mse 1, normalized 1 of 3 seeds |" in made
+    made = written(document, tmp_path, convergence_h100=[row for row in rows if row["steps"] == 10000])
+    assert "`--study uboo`; `--study finalist`; `--study protocol_128` |" in made
 
 
 def test_finalists_stand_beside_the_transformer(document: ModuleType, tmp_path: Path) -> None:

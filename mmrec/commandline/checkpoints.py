@@ -37,9 +37,11 @@ def network_config(checkpoint: Mapping[str, Any], path: Path) -> MMRecConfig:
     fields = checkpoint.get("hyper_parameters", {}).get("network")
     if not isinstance(fields, dict):
         raise ValueError(f"checkpoint {path} does not say which network it holds; it was not written by `fit`")
+    # UBÖO is training's alone, and forms of it have come and gone.
+    needed = {name: value for name, value in fields.items() if not name.startswith("planning_")}
     try:
-        return MMRecConfig(**{"embedding_scale": 1.0, **fields})  # there was none before it had a field
-    except TypeError as error:
+        return MMRecConfig(**{"embedding_scale": 1.0, **needed})  # there was none before it had a field
+    except (TypeError, ValueError) as error:
         raise ValueError(f"checkpoint {path} is of another version of this code: {error}") from error
 
 

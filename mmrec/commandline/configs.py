@@ -71,7 +71,7 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     folders = dict.fromkeys(f"{Path(other).parent}/" for other in others)
     wanted = str(given.with_suffix("")) if given.name != name else stem
     hint = did_you_mean(nearest_name(wanted, [*shipped, *others], cutoff=0.6)) or "."
-    raise FileNotFoundError(f"no config {name}{hint} Shipped ones: {', '.join(shipped)}; below {', '.join(folders)} are more")
+    raise FileNotFoundError(f"no config {name}{hint} Shipped ones: {', '.join(shipped)}; more in {', '.join(folders)}")
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -32,6 +32,9 @@ _NO_CLASS = re.compile(r"(?:Expected a dot import path string|No class named|Une
 _NUMBER_NAMES = {"PositiveInt": "a whole number above 0", "NonNegativeInt": "a whole number from 0"}
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[(?P<values>.*)\]")
 
+_CHECKPOINT = ("resume", "resume_from_checkpoint", "resume_from", "checkpoint")  # what other programs call it
+_GONE = ("planning_horizon",)  # configs that earlier runs saved have it
+
 
 class _Context(NamedTuple):
     keys: tuple[str, ...]  # the dotted key so far
@@ -42,9 +45,6 @@ class _Context(NamedTuple):
     @property
     def key(self) -> str:
         return ".".join(self.keys)
-
-
-_RESUME = ("resume", "resume_from_checkpoint", "resume_from", "checkpoint")  # what other programs call it
 
 
 def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Mapping[str, Sequence[str]] | None = None) -> str:
@@ -58,8 +58,11 @@ def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Mappin
     keys = tuple(known_keys)
     for pattern in _UNKNOWN_KEYS:
         if match := pattern.match(message.strip()):
-            if match["key"] in _RESUME and "ckpt_path" in keys:
-                return f"unknown key {match['key']}; to go on with a run give --ckpt_path last"
+            leaf = match["key"].rpartition(".")[2]
+            if leaf in _CHECKPOINT and "ckpt_path" in keys:
+                return f"unknown key {match['key']}; a checkpoint is given as --ckpt_path FILE, or last for the newest"
+            if leaf in _GONE:
+                return f"unknown key {match['key']}: there is no such option any more; take it out of the config"
             return f"unknown key {match['key']}{did_you_mean(nearest_key(match['key'], keys))}"
     if message.startswith("unrecognized arguments:"):
         return f"{message.strip()}; options start with -- and are spelled out"

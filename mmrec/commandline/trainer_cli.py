@@ -273,7 +273,7 @@ class RunCLI(LightningCLI):
         """Say where the run's files lie."""
         if self.run_config.trainer.fast_dev_run:  # writes nothing
             return
-        if self._checkpoint is not None and self.model.last_step_loss is None:
+        if self._checkpoint is not None and self.model.last_step_loss is None and 0 <= self.trainer.max_steps <= self.trainer.global_step:
             say(f"no step was trained: {self._checkpoint} is at step {self.trainer.global_step}; raise --trainer.max_steps to go on")
         say(f"TensorBoard logs: {self.folder.tensorboard} (tensorboard --logdir {self.folder.tensorboard})")
         if self.folder.last_checkpoint.is_file():

@@ -13,7 +13,7 @@ def empty_linear(in_features: int, out_features: int, bias: bool = True) -> nn.L
 
 
 @torch.no_grad()
-def draw_apart(weight: Tensor, std: float, index: int = 0) -> None:
+def draw_apart(weight: Tensor, std: float, index: int) -> None:
     """Fill `weight` with N(0, std²) from a generator of its own, seeded by the global random state, which stays as it was.
 
     Args:

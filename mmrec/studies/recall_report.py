@@ -86,7 +86,7 @@ def _smallest(arm: str, networks: Sequence[Best]) -> str:
         if network.accuracy >= WANTED:
             row = network.rows[0]
             size = f"D {row['model_dim']}, H {row['num_heads']}"
-            which = "the smallest state measured that recalls" if len(networks) > 1 else "the only state measured, and recalls"
+            which = "the smallest state measured that recalls" if len(networks) > 1 else "the only state measured, and recalls at least"
             return f"{arm}: {network.state_bytes:,} bytes a sequence is {which} {wanted} ({size})"
     most = max(networks, key=lambda network: network.accuracy)
     return f"{arm}: no state measured recalls {wanted}; the most is {100 * most.accuracy:.2f} % with {most.state_bytes:,} bytes"

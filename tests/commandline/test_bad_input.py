@@ -27,8 +27,10 @@ OPTIONS = {
     ("--checkpoint_every", "0"): "checkpoint_every: expected a whole number above 0, got 0",
     ("--disable_callbacks", "[step]"): "got step; did you mean step_latency?",
     ("--step_latency.windo", "3"): "unknown key step_latency.windo; did you mean step_latency.window?",
-    ("--resume",): "unknown key resume; to go on with a run give --ckpt_path last",
-    ("--model.network.window_every", "5"): "model.network.window_every = 5 is more than num_layers = 2, no layer would have a window; give",
+    ("--resume",): "unknown key resume; a checkpoint is given as --ckpt_path FILE, or last for the newest",
+    ("--trainer.resume_from_checkpoint", "x"): "unknown key trainer.resume_from_checkpoint; a checkpoint is given as --ckpt_path FILE",
+    ("--model.network.planning_horizon", "1"): "unknown key model.network.planning_horizon: there is no such option any more; take it out",
+    ("--model.network.window_every", "5"): "model.network.window_every = 5 is more than num_layers = 2, no layer would have a window;",
     ("--ckpt_path", "none.ckpt"): "no checkpoint none.ckpt; give a file, or last for the newest under runs/cpu_tiny/checkpoints",
     ("--data.source", "local", "--data.tokenizer", "t.json", "--data.train_files", "none/*"): "data.train_files: no file matches 'none/*'",
     ("--data.source", "tokens", "--data.tokens_dir", "none"): "data.tokens_dir: no manifest.json in none",
@@ -86,7 +88,7 @@ def test_a_bad_config_is_one_line(content: str, cli, tmp_path: Path) -> None:
 
 
 def test_configs_in_folders_are_pointed_to(cli) -> None:
-    assert cli("configs", "nope").error.endswith("study_35m; below ablation/, baselines/, recall/ are more")
+    assert cli("configs", "nope").error.endswith("study_35m; more in ablation/, baselines/, recall/")
 
 
 @pytest.mark.parametrize(

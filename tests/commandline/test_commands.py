@@ -13,8 +13,9 @@ from datamodules.sample_text import SampleText
 from datamodules.tokenizer import load_tokenizer
 from mmrec.cli import main
 from mmrec.commandline import command_generate
-from mmrec.commandline.checkpoints import load_network
+from mmrec.commandline.checkpoints import load_network, network_config
 from mmrec.commandline.streaming_text import text_pieces
+from mmrec.config import MMRecConfig
 from mmrec.generate import Sampling, generate
 from mmrec.model import MMRecModel
 
@@ -206,3 +207,12 @@ def test_the_help_lists_every_command(cli) -> None:
     assert "never run on your" not in listed
     assert "--top_p" in cli("generate", "--help").out
     assert "--vocab_size" in cli("prepare", "--help").out
+
+
+def test_which_network_a_checkpoint_holds_does_not_depend_on_the_training_s_planning_error() -> None:
+    gone = {"planning_loss": "ema", "planning_horizon": 4, "planning_layers": "upper"}
+    held = {"hyper_parameters": {"network": {"model_dim": 16, "num_heads": 2, "embedding_scale": 4.0, **gone}}}
+    assert network_config(held, Path("x")) == MMRecConfig(model_dim=16, num_heads=2, embedding_scale=4.0)
+    for other in ({"taps": 3}, {"decay_accum_dtype": "half"}):
+        with pytest.raises(ValueError, match="^checkpoint x is of another version of this code: "):
+            network_config({"hyper_parameters": {"network": other}}, Path("x"))

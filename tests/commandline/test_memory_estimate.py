@@ -30,11 +30,11 @@ DECAYS = [{}, {"use_dpg": True, "dpg_rank": 48}, {"state_gate": False}, {"state_
 
 
 class Held(TorchDispatchMode):
-    """Bytes of the tensors made within it that are still there, and the most there were."""
+    """Bytes of the tensors made within it that are still there."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.most = 0
+        self.now = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,7 +45,6 @@ class Held(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self._known.add(storage._cdata)
                 self.now += storage.nbytes()
-                self.most = max(self.most, self.now)
                 weakref.finalize(storage, self._gone, storage._cdata, storage.nbytes())
         return made
 

@@ -120,6 +120,22 @@ def test_the_same_function_written_otherwise_is_no_other_network(stubs: ModuleTy
     check_checkpoint_shapes(checkpoint, plain, replace(plain.config, planning_loss="mse"))
 
 
+def test_forms_of_uboo_that_are_gone_are_named_only_where_they_matter(stubs: ModuleType) -> None:
+    planned, plain = (MMRecModel(stubs.tiny_config(use_uboo=use_uboo)) for use_uboo in (True, False))
+    for network, gone, message in (
+        (planned, {"planning_loss": "ema"}, "planning_loss is 'ema'; choose one of mse, normalized"),
+        (planned, {"planning_horizon": 4}, "it was trained with planning_horizon=4, which is gone; set model.network.use_uboo=false"),
+        (planned, {"planning_horizon": 1}, None),
+        (plain, {"planning_loss": "ema", "planning_horizon": 4, "planning_layers": "upper"}, None),
+    ):
+        checkpoint = {"state_dict": network.state_dict(), "hyper_parameters": {"network": asdict(network.config) | gone}}
+        if message is None:
+            check_checkpoint_shapes(checkpoint, network, network.config)
+            continue
+        with pytest.raises(ValueError, match=f"^the checkpoint is of another version of this code: {re.escape(message)}$"):
+            check_checkpoint_shapes(checkpoint, network, network.config)
+
+
 def test_a_baseline_with_other_heads_is_another_network() -> None:
     saved = BaselineLightningModule(BaselineConfig(vocab_size=16, model_dim=16, num_layers=1, num_heads=2, ffn_dim=16))
     checkpoint = {"state_dict": saved.state_dict(), "hyper_parameters": {"network": asdict(saved.config)}}

@@ -34,14 +34,15 @@ def everything_a_training_asks_for(network: MMRecModel) -> None:
                 network.loss(given)
 
 
-def make_network() -> MMRecModel:
-    # Matrices and windows without a planning error, and a matrix with one: three kinds of blocks.
-    sizes = {"vocab_size": 50, "model_dim": 16, "num_layers": 7, "num_heads": 2, "ffn_dim": 16, "window": 8}
+def make_network(num_layers: int = 7) -> MMRecModel:
+    # Matrices and windows without a planning error, and a matrix with one; of six layers the last is a window.
+    sizes = {"vocab_size": 50, "model_dim": 16, "num_layers": num_layers, "num_heads": 2, "ffn_dim": 16, "window": 8}
     return MMRecModel(MMRecConfig(**sizes, use_uboo=True, planning_layers="last"))
 
 
-def test_every_form_of_every_block_is_compiled() -> None:
-    network = make_network()
+@pytest.mark.parametrize("num_layers", [6, 7])
+def test_every_form_of_every_block_is_compiled(num_layers: int) -> None:
+    network = make_network(num_layers)
     compile_blocks(network.blocks, backend="eager")
     everything_a_training_asks_for(network)
 

@@ -109,7 +109,9 @@ def test_the_best_learning_rate_is_that_of_the_mean_over_seeds() -> None:
     printed = table(rows)
     assert "mm-rec: 400 bytes a sequence is the smallest state measured that recalls 99 % (D 128, H 1)" in printed
     assert "transformer++: no state measured recalls 99 %; the most is 98.00 % with 50 bytes" in printed
-    assert "mm-rec: 400 bytes a sequence is the only state measured, and recalls 99 % (D 128, H 1)" in table([_row(**wide, accuracy=0.992)])
+    assert "mm-rec: 400 bytes a sequence is the only state measured, and recalls at least 99 % (D 128, H 1)" in table(
+        [_row(**wide, accuracy=0.992)]
+    )
     assert len(table([*rows, _row(steps=10)]).splitlines()) == len(printed.splitlines()) + 4  # another setting is not compared
 
 
