@@ -214,5 +214,5 @@ def test_which_network_a_checkpoint_holds_does_not_depend_on_the_training_s_plan
     held = {"hyper_parameters": {"network": {"model_dim": 16, "num_heads": 2, "embedding_scale": 4.0, **gone}}}
     assert network_config(held, Path("x")) == MMRecConfig(model_dim=16, num_heads=2, embedding_scale=4.0)
     for other in ({"taps": 3}, {"decay_accum_dtype": "half"}):
-        with pytest.raises(ValueError, match="^checkpoint x is of another version of this code: "):
+        with pytest.raises(ValueError, match=r"^checkpoint x is of another version of this code: "):
             network_config({"hyper_parameters": {"network": other}}, Path("x"))
