@@ -143,7 +143,7 @@ class MMRecConfig:
     @property
     def first_planning_layer(self) -> int:
         """The lowest layer with a planning error."""
-        return {"all": 0, "last": self.num_layers - 1}[self.planning_layers]
+        return 0 if self.planning_layers == "all" else self.num_layers - 1
 
     def has_planning(self, layer_index: int) -> bool:
         """Whether a layer has planning projections."""

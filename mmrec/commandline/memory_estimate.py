@@ -105,9 +105,10 @@ def _block(config: MMRecConfig, number: int, has_window: bool) -> int:
     hidden = config.dpg_rank if config.use_dpg else 2 * (dim // 4)
     logits = dim if config.use_dpg else 2 * dim
     # Stream and norm twice, six projections, the decay's logits and hidden layers, h, r and gated read-out; gate and up.
-    numbers, wide = 13 * dim + logits + hidden + 2 * ffn, 0
-    if operators_apart:  # fp32 decays, their logs and states in place of some of these; GELU keeps its input too
-        numbers, wide = numbers - 4 * dim + (0 if config.use_dpg else hidden), 10 * dim
+    numbers = 13 * dim + logits + hidden + 2 * ffn
+    wide = 10 * dim if operators_apart else 0  # fp32 decays, their logs and states, in place of four of these
+    if operators_apart:
+        numbers += (0 if config.use_dpg else hidden) - 4 * dim  # GELU keeps its input too, DPG's ReLU does not
     selective = config.activation_checkpointing == "selective"
     if not selective:
         numbers += ffn  # the product of gate and up, which selective forms again
