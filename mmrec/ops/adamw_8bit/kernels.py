@@ -102,11 +102,11 @@ def step_kernel(
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
-    whole = rows * WIDTH < count
     if found_inf_ptr is not None:
-        whole = whole & (tl.load(found_inf_ptr) == 0.0)
+        count = tl.where(tl.load(found_inf_ptr) == 0.0, count, 0)
+    whole = rows * WIDTH < count
     # Whether a block counts is one answer for all that a thread loads at once; of an element it would be one each, and a load each.
-    inside = tl.broadcast_to(whole[:, None], [ROWS, WIDTH]) if WHOLE else (offsets < count) & whole[:, None]
+    inside = tl.broadcast_to(whole[:, None], [ROWS, WIDTH]) if WHOLE else offsets < count
     shrink = tl.load(numbers_ptr)
     new_share1 = tl.load(numbers_ptr + 1)
     new_share2 = tl.load(numbers_ptr + 2)
