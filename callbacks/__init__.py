@@ -1,10 +1,15 @@
-"""What watches a run and keeps it safe: memory, latency, auxiliary loss, random states, checkpoints, progress."""
+"""What watches a run and keeps it safe: memory, latency, losses, other ranks, random states, checkpoints, progress."""
 
 from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from callbacks.auxiliary_loss_curves import AuxiliaryLossCurves
 from callbacks.gpu_memory_profile import GPUMemoryProfile
+from callbacks.loss_spikes import LossSpikes
 from callbacks.random_states import RandomStates
+from callbacks.rank_agreement import RankAgreement
+from callbacks.rank_change import RankChange
+from callbacks.rank_watch import RankWatch
 from callbacks.run_checkpoint import RunCheckpoint
+from callbacks.skipped_steps import SkippedSteps
 from callbacks.step_latency import StepLatency
 from callbacks.training_progress_bar import TrainingProgressBar
 
@@ -12,8 +17,13 @@ __all__ = [
     "AtomicCheckpointIO",
     "AuxiliaryLossCurves",
     "GPUMemoryProfile",
+    "LossSpikes",
     "RandomStates",
+    "RankAgreement",
+    "RankChange",
+    "RankWatch",
     "RunCheckpoint",
+    "SkippedSteps",
     "StepLatency",
     "TrainingProgressBar",
 ]

@@ -1,5 +1,6 @@
 """RunCheckpoint: one folder of checkpoints a run, `last.ckpt` in it, at every restart the same."""
 
+import math
 import os
 import re
 from pathlib import Path
@@ -25,8 +26,9 @@ class RunCheckpoint(ModelCheckpoint):
     copy is written once, by the strategy's checkpoint IO (AtomicCheckpointIO), and `last.ckpt` becomes a hard link to it in one step.
 
     The newest `keep` copies stay (by time of writing, so that a run begun anew in an old folder keeps its own). The `loss` in a name is
-    the training loss of the step before the checkpoint, averaged over its micro-batches and the ranks (the module's `last_step_loss`).
-    A checkpoint with a loss or gradient norm that is not finite is refused: it would replace one that is good.
+    the training loss of the step before the checkpoint, averaged over its micro-batches and the ranks, or of the latest one that was not
+    skipped (the module's `last_taken_loss`). A checkpoint with a loss or a weight that is not finite is refused: it would replace one
+    that is good.
     """
 
     def __init__(self, dirpath: str | os.PathLike[str] | None = None, every_n_steps: int = 1000, keep: int = 2) -> None:
@@ -103,11 +105,13 @@ class RunCheckpoint(ModelCheckpoint):
         return sorted(found, key=lambda path: path.stat().st_mtime_ns, reverse=True)
 
     def _mean_loss(self, trainer: Trainer, pl_module: Any) -> float:
-        own = [getattr(pl_module, name, None) for name in ("last_step_loss", "last_gradient_norm")]
-        values = [torch.zeros((), device=pl_module.device) if value is None else value.float() for value in own]
-        mean = trainer.strategy.reduce(torch.stack(values), reduce_op="mean").tolist()
-        for name, value in zip(("loss", "gradient norm"), mean, strict=True):
-            if not torch.isfinite(torch.tensor(value)):
+        loss = getattr(pl_module, "last_taken_loss", None)
+        weights = [parameter.detach() for parameter in pl_module.parameters()]
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(weights, float("inf"))]).amax()
+        values = torch.stack([torch.zeros_like(largest) if loss is None else loss.float(), largest])
+        mean = trainer.strategy.reduce(values, reduce_op="mean").tolist()
+        for name, value in zip(("loss", "largest weight"), mean, strict=True):
+            if not math.isfinite(value):
                 raise ValueError(
                     f"the {name} is {value} at step {trainer.global_step}: nothing was written over the last good checkpoint; "
                     "resume from it with a lower model.learning_rate"

@@ -32,6 +32,8 @@ def custom_scalar_layout() -> Layout:
             "gradient norm before clipping": _lines("train/grad_norm"),
             "learning rate": _lines("train/lr"),
             "tokens seen": _lines("train/tokens"),
+            "steps skipped, in all": _lines("train/skipped_steps"),
+            "loss spikes since the last point": _lines("train/spike"),
         },
         "Latency, ms": {
             "whole step": _lines(r"latency/step_p\d+_ms"),

@@ -43,6 +43,11 @@ class PackedDataModule(LightningDataModule):
     def validation_names(self) -> list[str]:
         """Names of the loaders of `val_dataloader`, in their order; `["val"]` where there is one without a name."""
 
+    @property
+    def data_order(self) -> dict[str, Any]:
+        """What the order of the training samples depends on, by name; complete after `setup`. All ranks must agree on it."""
+        return {**self._identity, "num_workers": self.num_workers, "ranks": self._world_size}
+
     def train_dataloader(self) -> ResumableDataLoader:
         """Endless, resumable: see `ResumableDataLoader`."""
         if self._train is None:

@@ -128,6 +128,12 @@ class TokenWindows:
         spans = [self._read(int(window) * self._seq_len - 1, self._seq_len + 2) for window in windows]
         return cut(np.stack(spans), self._eod_id, self._reset)
 
+    def place(self, window: int) -> dict[str, Any]:
+        """Of a window's first token, the `file` of the folder that holds it and its number there (`token`)."""
+        start = window * self._seq_len
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        return {"file": self._shards[shard]["file"], "token": start - (int(self._ends[shard - 1]) if shard else 0)}
+
     def _read(self, start: int, length: int) -> npt.NDArray[np.int64]:
         """Tokens `[start, start+length)` of the stream; the token before the first is an end of document."""
         out = np.empty(length, dtype=np.int64)

@@ -2,6 +2,7 @@
 
 The position is one number. Batch `g` of all ranks together is a function of (seed, g) alone: rank r of W takes its B rows of W·B, so that
 two ranks with batch b see what one with 2b sees, and worker w of n makes the batches w, w+n, ...: their number changes nothing either.
+A run that goes on with other numbers of ranks or rows begins its batches at the sample that it had come to (`start`).
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class EndlessBatches(IterableDataset[Batch]):
         rank, world_size: this process among those that train together.
         seed: of the order.
         shuffle: False: in the source's order.
+
+    Attributes:
+        start: the sample, in the order of all epochs, at which batch 0 of all ranks begins.
     """
 
     def __init__(self, source: RandomAccess, batch_size: int, *, rank: int, world_size: int, seed: int, shuffle: bool) -> None:
@@ -53,6 +57,7 @@ class EndlessBatches(IterableDataset[Batch]):
             seed,
             shuffle,
         )
+        self.start = 0
 
     def __iter__(self) -> _EndlessIterator:
         worker = get_worker_info()
@@ -60,14 +65,23 @@ class EndlessBatches(IterableDataset[Batch]):
 
     def batch(self, number: int) -> Batch:
         """This rank's part of batch `number` (0-based)."""
-        first = (number * self.world_size + self.rank) * self.batch_size
+        return to_tensors(self.source.batch(self.windows(number)))
+
+    def places(self, number: int) -> list[dict[str, Any]]:
+        """Where each row of this rank's part of batch `number` lies: its `window`, and what the source's `place` adds to that."""
+        place = getattr(self.source, "place", lambda window: {})
+        return [{"window": int(window), **place(int(window))} for window in self.windows(number)]
+
+    def windows(self, number: int) -> npt.NDArray[np.int64]:
+        """Numbers (B,) of the windows in this rank's part of batch `number`."""
+        first = self.start + (number * self.world_size + self.rank) * self.batch_size
         positions = np.arange(first, first + self.batch_size, dtype=np.int64)
         epochs, offsets = np.divmod(positions, self.source.num_windows)
         if self.shuffle:
             for epoch in np.unique(epochs):
                 chosen = epochs == epoch
                 offsets[chosen] = Permutation(self.source.num_windows, self.seed, int(epoch))(offsets[chosen])
-        return to_tensors(self.source.batch(offsets))
+        return offsets
 
 
 class _EndlessIterator(Iterator[Batch]):

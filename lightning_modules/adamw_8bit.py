@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 
+from mmrec.measuring.late_values import LateValues
 from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, step_numbers, step_seed
 from mmrec.ops.common import state_dtype
 from mmrec.ops.registration import runs_kernel
@@ -23,26 +24,32 @@ class FusedAdamW8bit(AdamW8bit):
     Attributes:
         grad_scale: 0-dim fp32 that kernels divide gradients by, as torch's fused optimisers do, but without changing `.grad`; None:
             by nothing. Only where `divides_gradients()`.
+        found_inf: 0-dim fp32; a step that finds 1 there changes neither weights nor states, as torch's fused optimisers do. The host
+            learns of it a step later, when it takes back the step that it had counted: by then the device is far beyond.
     """
 
     grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+    _counted: tuple[LateValues, list[Tensor]] | None = None  # what the latest step found, and the counts that it raised
 
     def divides_gradients(self) -> bool:
-        """Whether `step` runs as kernels, which take `grad_scale`."""
+        """Whether `step` runs as kernels, which take `grad_scale` and `found_inf`."""
         tensors = [_local(p) for group in self.param_groups for p in group["params"]]
         plain = self.block_size == BLOCK and not any(group["amsgrad"] for group in self.param_groups)
         return plain and all(runs_kernel(t, state_dtype(t)) and t.is_contiguous() for t in tensors)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step over all parameters that have a gradient; nothing waits for the device."""
+        """One step over all parameters that have a gradient; nothing waits for what this step has on the device."""
         if not self.divides_gradients():
             return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle()
         scalars: dict[tuple[int, int, torch.device], tuple[Tensor, Tensor]] = {}
+        counts: list[Tensor] = []
         salt = 0
         for index, group in enumerate(self.param_groups):
             for parameter in group["params"]:
@@ -51,6 +58,7 @@ class FusedAdamW8bit(AdamW8bit):
                 salt += 1
                 state = self._state_of(parameter)
                 state["step"] += 1
+                counts.append(state["step"])
                 weight, gradient = _local(parameter), _local(parameter.grad)
                 where = weight.device
                 key = (index, int(state["step"].item()), where)
@@ -66,8 +74,28 @@ class FusedAdamW8bit(AdamW8bit):
                     salt=salt,
                     stochastic=self.bf16_stochastic_round,
                     gradient_scale=self.grad_scale,
+                    found_inf=self.found_inf,
                 )
+        if self.found_inf is not None:
+            self._counted = LateValues(self.found_inf), counts
         return loss
+
+    def _settle(self) -> None:
+        """Take the latest step's count back where it was skipped."""
+        found, self._counted = self._counted, None
+        if found is not None and found[0].read():
+            for count in found[1]:
+                count -= 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """The optimiser's state; waits for the latest step."""
+        self._settle()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up a state; what the latest step found is not about it."""
+        self._counted = None
+        super().load_state_dict(state_dict)
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         """As torchao's own step begins it."""

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
+from lightning_modules.skipping import divides_gradients, skip_unless_finite
 from mmrec.model import MMRecModel
 
 _NORM_EPS = 1e-6  # as torch's `clip_grads_with_norm_` has it
@@ -25,7 +26,9 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
 
 
 def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str | None) -> Tensor | None:
-    """Clip the gradients of the optimiser's parameters, without waiting for the device.
+    """Clip the gradients of the optimiser's parameters, and have the step skipped where they are not finite (`skip_unless_finite`).
+
+    Nothing waits for the device, but for an optimiser that cannot skip by itself.
 
     By norm, a fused optimiser of torch's does so itself as it steps: it divides by `grad_scale`, as a loss scaler would have it, and leaves
     `.grad` divided (our 8-bit one leaves it alone); what is set here holds for every step until the next call. A pass of its own would read
@@ -46,23 +49,18 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
     if isinstance(norm, DTensor):  # of shards: the norm of all of them
         norm = norm.full_tensor()
+    if skip_unless_finite(optimizer, parameters, norm):
+        return norm
     if clip_val and algorithm == "value":
         clip_grad_value_(parameters, clip_val)
-    elif clip_val and _divides_gradients(optimizer):
+    elif clip_val and divides_gradients(optimizer):
         optimizer.grad_scale = ((norm + _NORM_EPS) / clip_val).clamp(min=1).float()  # type: ignore[attr-defined]
         return norm
     elif clip_val:
         clip_grads_with_norm_(parameters, clip_val, norm)
-    if _divides_gradients(optimizer):
+    if divides_gradients(optimizer):
         optimizer.grad_scale = None  # type: ignore[attr-defined]
     return norm
-
-
-def _divides_gradients(optimizer: Optimizer) -> bool:
-    """Whether `step` divides all gradients by the optimiser's `grad_scale`."""
-    fused = isinstance(optimizer, Adam) and all(group.get("fused") for group in optimizer.param_groups)
-    own = getattr(optimizer, "divides_gradients", None)
-    return fused or (own is not None and own())
 
 
 def auxiliary_gradient_statistics(network: MMRecModel, batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_modules.skipping import spoiled_unless_finite
 from mmrec.model import LossOutput, MMRecModel
 
 WARMUP = 2  # micro-batches of a kind that run without a graph first: kernels are compiled and libraries make their workspaces
@@ -104,7 +105,7 @@ class GraphedStep:
         finally:
             self.network.lambda_P = number
         with torch.autocast(kind, enabled=False):
-            (output.loss * scale).backward()
+            spoiled_unless_finite(output.loss * scale).backward()
         return output
 
     def _capture(self, batch: Mapping[str, Tensor], first: bool, scale: float) -> _Captured:

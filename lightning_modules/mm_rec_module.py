@@ -30,6 +30,7 @@ from lightning_modules.optimizers import (
 )
 from lightning_modules.parameter_groups import parameter_groups
 from lightning_modules.schedules import linear_change, warmup_cosine
+from lightning_modules.skipping import give_gradients_back, loss_of_step_taken, spoiled_unless_finite
 from mmrec.config import MMRecConfig
 from mmrec.model import LossOutput, MMRecModel
 
@@ -67,6 +68,7 @@ class MMRecLightningModule(LightningModule):
         config: its MMRecConfig.
         last_loss: LossOutput of the latest micro-batch of this rank, detached; None before the first.
         last_step_loss: 0-dim, the total loss of the latest step, mean of this rank's micro-batches; None before the first.
+        last_taken_loss: the same of the latest step that was not skipped for a loss or gradient that was not finite.
         step_losses: StepLosses of the latest step if it is one that is logged, else None.
         last_gradient_norm: 0-dim, the latest gradient norm before clipping; None before the first step.
         last_validation: loss and perplexity of the latest validation, by tag.
@@ -147,6 +149,7 @@ class MMRecLightningModule(LightningModule):
         self.network = self.network_class(network)
         self.last_loss: LossOutput | None = None
         self.last_step_loss: Tensor | None = None
+        self.last_taken_loss: Tensor | None = None
         self.step_losses: StepLosses | None = None
         self.last_gradient_norm: Tensor | None = None
         self.diagnostics_wanted = False
@@ -256,7 +259,7 @@ class MMRecLightningModule(LightningModule):
         self._micro_batches.append(self.last_loss)
         self._unreduced_tokens += batch["input_ids"].numel()
         self.log("train/loss", self.last_loss.loss, logger=False)  # for callbacks that monitor; the loggers get the mean of the step
-        return output.loss
+        return spoiled_unless_finite(output.loss)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """The gradients; nothing is left to do where a graph made them with the loss."""
@@ -285,8 +288,10 @@ class MMRecLightningModule(LightningModule):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
         """Step, then log the step's losses every `trainer.log_every_n_steps` steps, the first and the last included."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        give_gradients_back(optimizer)
         micro_batches, self._micro_batches, self.step_losses = self._micro_batches, [], None
         self.last_step_loss = torch.stack([micro_batch.loss for micro_batch in micro_batches]).mean()
+        self.last_taken_loss = loss_of_step_taken(self.last_step_loss, self.last_gradient_norm, self.last_taken_loss)
         step = self.trainer.global_step  # still the number of steps before this one
         if is_log_step(self.trainer, step):
             self._log_step(step, micro_batches, learning_rate_of(optimizer))

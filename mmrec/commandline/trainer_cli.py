@@ -20,8 +20,13 @@ from callbacks import (
     AtomicCheckpointIO,
     AuxiliaryLossCurves,
     GPUMemoryProfile,
+    LossSpikes,
     RandomStates,
+    RankAgreement,
+    RankChange,
+    RankWatch,
     RunCheckpoint,
+    SkippedSteps,
     StepLatency,
     TrainingProgressBar,
 )
@@ -36,6 +41,7 @@ from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.preflight import check_before_building, require_groups
+from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.files import replacing, write_atomically
 
@@ -43,9 +49,12 @@ DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
 CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
     "memory_profile": GPUMemoryProfile,
     "auxiliary_curves": AuxiliaryLossCurves,
+    "skipped_steps": SkippedSteps,
+    "loss_spikes": LossSpikes,
+    "rank_watch": RankWatch,
     "step_latency": StepLatency,  # last: the forward begins when it is called, and the others' work is not part of it
 }
-CallbackName = Literal["memory_profile", "step_latency", "auxiliary_curves"]
+CallbackName = Literal["memory_profile", "step_latency", "auxiliary_curves", "skipped_steps", "loss_spikes", "rank_watch"]
 TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": -1,  # the validation before the first step is a measurement: all of it, logged at step 0
     "use_distributed_sampler": False,  # the data modules divide their samples among the ranks themselves
@@ -94,8 +103,8 @@ class RunCLI(LightningCLI):
     """Lightning's CLI for MM-Rec.
 
     `trainer.callbacks` in a config or on the command line is the user's list: given again it is replaced, `trainer.callbacks+` appends
-    to it. Our own callbacks are no part of it and stay, whatever it says; `disable_callbacks` names those to leave out, and
-    `memory_profile`, `step_latency` and `auxiliary_curves` are groups of their arguments.
+    to it. Our own callbacks are no part of it and stay, whatever it says; `disable_callbacks` names those to leave out, and each key of
+    `CONFIGURABLE_CALLBACKS` is a group of one's arguments.
 
     Args:
         arguments: what follows the program's name, configs expanded.
@@ -239,7 +248,7 @@ class RunCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             ours.append(TrainingProgressBar())
         if self.subcommand == "fit":
-            ours.append(RandomStates())
+            ours += [RandomStates(), RankChange(), RankAgreement(run_facts(self.run_config.as_dict()))]
             if config["enable_checkpointing"] is not False:
                 ours.append(RunCheckpoint(dirpath=str(self.folder.checkpoints), every_n_steps=run["checkpoint_every"]))
         return ours

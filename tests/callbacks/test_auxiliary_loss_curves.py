@@ -10,7 +10,7 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-from callbacks import AuxiliaryLossCurves, GPUMemoryProfile, StepLatency
+from callbacks import AuxiliaryLossCurves, GPUMemoryProfile, LossSpikes, SkippedSteps, StepLatency
 from callbacks.tensorboard_layout import custom_scalar_layout
 
 
@@ -73,7 +73,7 @@ def test_nothing_is_measured_where_nothing_is_asked(tmp_path: Path, stubs: Modul
 
 def test_every_chart_of_the_layout_finds_its_tags(tmp_path: Path, stubs: ModuleType) -> None:
     """And every tag that a run writes is in a chart."""
-    callbacks = [AuxiliaryLossCurves(1, 1), GPUMemoryProfile(), StepLatency(peak_tflops=1.0)]
+    callbacks = [AuxiliaryLossCurves(1, 1), GPUMemoryProfile(), SkippedSteps(), LossSpikes(), StepLatency(peak_tflops=1.0)]
     stubs.make_trainer(tmp_path, callbacks, max_steps=3).fit(stubs.make_module(), datamodule=stubs.StubData(validation_sources=2))
     events = read(tmp_path)
     tags = events.Tags()["scalars"]

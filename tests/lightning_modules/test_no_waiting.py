@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from torch.utils.data import DataLoader
 
-from callbacks import AuxiliaryLossCurves, GPUMemoryProfile, RandomStates, StepLatency
+from callbacks import AuxiliaryLossCurves, GPUMemoryProfile, LossSpikes, RandomStates, SkippedSteps, StepLatency
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 FIRST, LAST, STEPS = 4, 12, 14  # before, everything is compiled and the first batches are checked; the last step is logged
@@ -59,7 +59,7 @@ def test_no_step_waits(
     if module.get("optimizer"):
         pytest.importorskip("torchao")
     watch = NoWaiting()
-    callbacks = [AuxiliaryLossCurves(), GPUMemoryProfile(), RandomStates(), StepLatency(), watch]
+    callbacks = [AuxiliaryLossCurves(), GPUMemoryProfile(), SkippedSteps(), LossSpikes(), RandomStates(), StepLatency(), watch]
     trainer = stubs.make_trainer(
         tmp_path,
         callbacks,

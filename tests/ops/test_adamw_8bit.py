@@ -228,6 +228,25 @@ def test_sharded_weights_are_stepped_and_clipped(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
+@on_both
+@pytest.mark.parametrize("quantised", [True, False])
+@pytest.mark.parametrize("shape", [(4096,), (37, 512), (3, 7)], ids=str)
+def test_where_something_infinite_was_found_nothing_changes(device: str, quantised: bool, shape: tuple[int, ...]) -> None:
+    if quantised and shape == (3, 7):
+        pytest.skip("of so few no block is full: their moments stay floats")
+    weight, gradient = (torch.randn(shape, device=device) for _ in range(2))
+    held = moments(weight, weight.abs()) if quantised else (Moment(weight.clone(), None), Moment(weight.abs(), None))
+    all_of = [weight, *(part for moment in held for part in moment if part is not None)]
+    before = [part.clone() for part in all_of]
+    spoiled = gradient.clone()
+    spoiled.view(-1)[5] = float("nan")
+    options = {"rate": 0.5, "decay": 0.1, "gradient_scale": torch.tensor(float("nan"), device=device)}
+    step(weight, spoiled, *held, found_inf=torch.ones((), device=device), **options)
+    assert all(torch.equal(part, old) for part, old in zip(all_of, before, strict=True))
+    step(weight, gradient, *held, rate=0.5, found_inf=torch.zeros((), device=device))
+    assert not torch.equal(weight, before[0])
+
+
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("quantised", [True, False])
 def test_the_kernel_compiles(architecture: int, quantised: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,6 +254,6 @@ def test_the_kernel_compiles(architecture: int, quantised: bool, monkeypatch: py
     monkeypatch.setattr(launching, "launch", lambda kernel, tensors, prepare, *_: calls.append((tensors, prepare())))
     weight = torch.zeros(8, BLOCK, dtype=torch.bfloat16)
     held = moments(weight.float(), weight.float()) if quantised else (Moment(weight, None), Moment(weight, None))
-    step(weight, weight, *held, gradient_scale=torch.tensor(1.0))
+    step(weight, weight, *held, gradient_scale=torch.tensor(1.0), found_inf=torch.tensor(0.0))
     ((tensors, call),) = calls
     assert compiled_for(architecture, step_kernel, (*tensors, *call.numbers), call.named).metadata.shared <= SHARED_MEMORY[architecture]

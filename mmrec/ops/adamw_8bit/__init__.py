@@ -52,6 +52,7 @@ def adamw_8bit_(
     salt: int,
     stochastic: bool,
     gradient_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
 ) -> None:
     """Overwrite a weight and its moments with those after a step of AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), as a Triton kernel.
 
@@ -67,6 +68,7 @@ def adamw_8bit_(
         salt: what sets the random numbers of several weights of a step apart.
         stochastic: round a bf16 weight up or down by a chance that keeps the mean.
         gradient_scale: 0-dim fp32 on the device: the gradient is divided by it; None: by nothing.
+        found_inf: 0-dim fp32 on the device: where it is not 0, nothing is changed; None: as 0.
 
     Raises:
         ValueError: for a weight that is not contiguous, or shapes, dtypes or devices that do not fit.
@@ -91,4 +93,4 @@ def adamw_8bit_(
 
     moments = (first.values, first.scale, second.values, second.scale)
     random = stochastic and weight.dtype == torch.bfloat16
-    launch(weight, gradient.contiguous(), *moments, numbers, seed, gradient_scale, salt, random)
+    launch(weight, gradient.contiguous(), *moments, numbers, seed, gradient_scale, found_inf, salt, random)

@@ -86,6 +86,7 @@ def step_kernel(
     numbers_ptr,
     seed_ptr,
     gradient_scale_ptr,
+    found_inf_ptr,
     salt,
     count,
     WIDTH: tl.constexpr,
@@ -95,10 +96,14 @@ def step_kernel(
 ):
     """ROWS blocks of WIDTH of `count` elements, all contiguous, weight fp32 or bf16. WHOLE: the last block is full.
 
+    Where `found_inf` is not 0, nothing is read or written.
+
     Moments are uint8 codes with fp32 scales, one a block, or without scales floats as they are. `numbers` are `step_numbers`'.
     """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offsets = rows[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if found_inf_ptr is not None:
+        count = tl.where(tl.load(found_inf_ptr) == 0.0, count, 0)
     whole = rows * WIDTH < count
     # Whether a block counts is one answer for all that a thread loads at once; of an element it would be one each, and a load each.
     inside = tl.broadcast_to(whole[:, None], [ROWS, WIDTH]) if WHOLE else offsets < count
@@ -156,6 +161,7 @@ def launch(
     numbers: Tensor,
     seed: Tensor,
     gradient_scale: Tensor | None,
+    found_inf: Tensor | None,
     salt: int,
     stochastic: bool,
 ) -> None:
@@ -165,5 +171,5 @@ def launch(
         named = {"WIDTH": BLOCK, "ROWS": _ROWS, "WHOLE": weight.numel() % BLOCK == 0, "STOCHASTIC": stochastic, "num_warps": _WARPS}
         return Call((blocks(weight.numel(), BLOCK * _ROWS),), (salt, weight.numel()), named)
 
-    tensors = (weight, gradient, first, first_scale, second, second_scale, numbers, seed, gradient_scale)
+    tensors = (weight, gradient, first, first_scale, second, second_scale, numbers, seed, gradient_scale, found_inf)
     launching.launch(step_kernel, tensors, prepare, salt, stochastic)

@@ -1,0 +1,153 @@
+"""The verdict on a rank that died, hangs or failed reaches every other; beats and time are made by hand, only one thread runs for real."""
+
+import threading
+from typing import Any
+
+import pytest
+from torch import distributed as dist
+
+from callbacks import rank_monitor
+from callbacks.rank_monitor import RankMonitor, Verdict, stacks
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Broken:
+    """A store whose server is gone."""
+
+    def add(self, key: str, value: int) -> int:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    check = compare_set = get = add
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(rank_monitor, "time", clock)
+    return clock
+
+
+@pytest.fixture
+def left() -> list[int]:
+    return []
+
+
+def monitors(left: list[int], store: Any, world_size: int = 3, hang_after: float = 50.0, interval: float = 0.001) -> list[RankMonitor]:
+    options = {"interval": interval, "dead_after": 10.0, "hang_after": hang_after, "leave": left.append}
+    return [RankMonitor(store, rank, world_size, **options) for rank in range(world_size)]
+
+
+def beat(some: list[RankMonitor]) -> list[Verdict | None]:
+    return [monitor._beat() for monitor in some]
+
+
+def test_while_all_beat_there_is_no_verdict(clock: Clock, left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore())
+    for _ in range(20):
+        clock.now += 4
+        for monitor in ranks:
+            monitor.progress("a batch")
+        assert beat(ranks) == [None] * 3
+
+
+@pytest.mark.parametrize("dead", [0, 1, 2])
+def test_a_rank_without_a_beat_is_dead_to_all(dead: int, clock: Clock, left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore(), hang_after=0.0)
+    beat(ranks)
+    beat(ranks)  # a rank that beats first has now seen all others' first
+    living = [monitor for rank, monitor in enumerate(ranks) if rank != dead]
+    for _ in range(3):
+        clock.now += 3
+        assert beat(living) == [None] * 2
+    for _ in range(2):
+        clock.now += 3
+        beat(living)
+    assert beat(living) == [Verdict(dead, "is dead: no sign of life for 12 s", False)] * 2
+
+
+def test_a_rank_that_makes_no_progress_hangs_and_all_are_to_show_their_stacks(clock: Clock, left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore())
+    for monitor in ranks:
+        monitor.progress("the gradients of step 7")
+    for second in range(0, 51, 3):
+        clock.now += 3
+        assert beat(ranks) == [None] * 3 or second == 48
+        ranks[0].progress("a batch")
+        ranks[2].progress("a batch")
+    beat(ranks)
+    assert beat(ranks) == [Verdict(1, "hangs: nothing new for 51 s since the gradients of step 7", True)] * 3
+
+
+def test_zero_never_hangs(clock: Clock, left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore(), hang_after=0.0)
+    for _ in range(100):
+        clock.now += 9
+        assert beat(ranks) == [None] * 3
+
+
+def test_the_first_verdict_stays(clock: Clock, left: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    ranks = monitors(left, dist.HashStore())
+    ranks[1].fail("ValueError: no more tea")
+    ranks[0].fail("RuntimeError: Connection closed by peer")
+    assert capfd.readouterr().err.splitlines()[0] == "rank 1 failed: ValueError: no more tea"
+    assert beat(ranks) == [Verdict(1, "failed: ValueError: no more tea", False)] * 3
+
+
+def test_without_a_store_rank_0_is_gone(clock: Clock, left: list[int]) -> None:
+    ranks = monitors(left, Broken(), world_size=2)
+    assert ranks[1]._beat() == Verdict(0, "has ended: its store cannot be reached (Connection reset by peer)", False)
+    assert ranks[0]._beat() is None
+    stopped = monitors(left, Broken(), world_size=2)[1]
+    stopped.stop()  # the run is over, and rank 0 was faster
+    assert stopped._beat() is None
+
+
+def test_the_thread_prints_the_cause_and_the_stacks_and_leaves(left: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    ended = threading.Event()
+    ranks = monitors(left, dist.HashStore(), world_size=2)
+    ranks[1]._leave = lambda code: (left.append(code), ended.set())
+    ranks[0]._propose(Verdict(0, "hangs: nothing new", True))
+    ranks[1].start()
+    assert ended.wait(60)
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[:2] == ["rank 1 ends, since rank 0 hangs: nothing new", "stacks of rank 1:"]
+    assert any("test_rank_monitor.py" in line and "test_the_thread_prints" in line for line in lines)  # the main thread's
+    assert left == [1]
+
+
+def test_a_thread_that_is_stopped_leaves_no_more(left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore(), world_size=2)
+    for monitor in ranks:
+        monitor.start()
+        monitor.stop()
+        assert not monitor._thread.is_alive()
+    assert left == []
+
+
+def test_stacks_hold_every_thread() -> None:
+    waiting, go_on = threading.Event(), threading.Event()
+
+    def sleeper() -> None:
+        waiting.set()
+        go_on.wait(60)
+
+    thread = threading.Thread(target=sleeper)
+    thread.start()
+    waiting.wait(60)
+    found = stacks()
+    go_on.set()
+    thread.join()
+    assert "in sleeper" in found
+    assert "in test_stacks_hold_every_thread" in found
