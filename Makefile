@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 RUN = $(VENV)/bin/python -m
 
-.PHONY: install fit test lint test-oldest-triton test-gpu bench docs clean
+.PHONY: install fit test lint test-oldest-triton test-gpu test-faults test-slurm bench docs clean
 
 install: $(VENV)/installed
 
@@ -35,6 +35,13 @@ test-oldest-triton: install
 
 test-gpu: install
 	$(RUN) pytest -m gpu
+
+test-faults: install
+	OMP_NUM_THREADS=1 $(RUN) pytest -m faults
+
+# As root, with Debian's slurm-wlm and munge: a cluster of two nodes on this machine.
+test-slurm: install
+	OMP_NUM_THREADS=1 $(RUN) pytest -m slurm
 
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -1,8 +1,9 @@
-"""What watches a run and keeps it safe: memory, latency, auxiliary loss, random states, checkpoints, progress."""
+"""What watches a run and keeps it safe: memory, latency, auxiliary loss, random states, checkpoints, signals, progress."""
 
 from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from callbacks.auxiliary_loss_curves import AuxiliaryLossCurves
 from callbacks.gpu_memory_profile import GPUMemoryProfile
+from callbacks.preemption import Preemption
 from callbacks.random_states import RandomStates
 from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.step_latency import StepLatency
@@ -12,6 +13,7 @@ __all__ = [
     "AtomicCheckpointIO",
     "AuxiliaryLossCurves",
     "GPUMemoryProfile",
+    "Preemption",
     "RandomStates",
     "RunCheckpoint",
     "StepLatency",
