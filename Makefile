@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 RUN = $(VENV)/bin/python -m
 
-.PHONY: install fit test lint test-oldest-triton test-gpu test-faults bench docs clean
+.PHONY: install fit test lint test-oldest-triton test-gpu test-faults test-slurm bench docs clean
 
 install: $(VENV)/installed
 
@@ -36,9 +36,13 @@ test-oldest-triton: install
 test-gpu: install
 	$(RUN) pytest -m gpu
 
-# Kills, hangs, long runs: what takes minutes each.
+# Kills, signals, hangs, long runs: what takes minutes each. One at a time: they count seconds.
 test-faults: install
-	OMP_NUM_THREADS=1 $(RUN) pytest -n $(JOBS) -m faults
+	OMP_NUM_THREADS=1 $(RUN) pytest -m faults
+
+# As root, with Debian's slurm-wlm and munge: a cluster of two nodes on this machine.
+test-slurm: install
+	OMP_NUM_THREADS=1 $(RUN) pytest -m slurm
 
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

@@ -1,9 +1,10 @@
-"""What watches a run and keeps it safe: memory, latency, losses, other ranks, random states, checkpoints, progress."""
+"""What watches a run and keeps it safe: memory, latency, losses, signals, other ranks, random states, checkpoints, progress."""
 
 from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from callbacks.auxiliary_loss_curves import AuxiliaryLossCurves
 from callbacks.gpu_memory_profile import GPUMemoryProfile
 from callbacks.loss_spikes import LossSpikes
+from callbacks.preemption import Preemption
 from callbacks.random_states import RandomStates
 from callbacks.rank_agreement import RankAgreement
 from callbacks.rank_change import RankChange
@@ -18,6 +19,7 @@ __all__ = [
     "AuxiliaryLossCurves",
     "GPUMemoryProfile",
     "LossSpikes",
+    "Preemption",
     "RandomStates",
     "RankAgreement",
     "RankChange",

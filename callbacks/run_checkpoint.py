@@ -74,8 +74,13 @@ class RunCheckpoint(ModelCheckpoint):
             print(f"resumed from step {checkpoint['global_step']}: {trainer.ckpt_path}", flush=True)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the last step's checkpoint, unless it is there."""
-        if not trainer.fast_dev_run and self._last_global_step_saved != trainer.global_step:
+        """Write the last step's checkpoint."""
+        if not trainer.fast_dev_run:
+            self.save_step(trainer, pl_module)
+
+    def save_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write this step's checkpoint, unless it is there; all ranks call it."""
+        if self._last_global_step_saved != trainer.global_step:
             self._save(trainer, pl_module)
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:

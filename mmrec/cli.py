@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from mmrec.commandline.commands import OUR_COMMANDS, chosen_command
 from mmrec.commandline.errors import one_line_errors
+from mmrec.stop_signals import keep_stop_signals
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -22,6 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command in OUR_COMMANDS:
             OUR_COMMANDS[command].run(arguments[1:])
             return
+        if command == "fit":
+            keep_stop_signals()
         from mmrec.commandline.trainer_cli import run_trainer  # Lightning takes seconds to import, our own commands do without
 
         run_trainer(arguments)

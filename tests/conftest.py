@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from mmrec.stop_signals import default_stop_signals, stop_signals_kept
+
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A test that would silently take the other form of an operator fails instead."""
@@ -23,6 +25,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """After a `fit` within the test's process, signals end that process again."""
+    yield
+    if stop_signals_kept():
+        default_stop_signals()
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,13 @@
-"""`doctor`: what this machine has against what training needs."""
+"""`doctor`: what this machine has against what training needs, and whether the processes of a job reach each other."""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mmrec.commandline.configs import config_layers, merge
 from mmrec.commandline.errors import BadInputError
@@ -23,17 +24,28 @@ _COLOURS = {"ok": "green", "below recommended": "yellow", "failed": "bold red", 
 
 
 def build_parser() -> OneLineErrors:
-    """`doctor [--config NAME] [--nodes N] [--json]`."""
+    """`doctor [--config NAME] [--nodes N] [--json]`, or `doctor --distributed [--processes N] [--min_bus_bandwidth GB/s]`."""
     parser = OneLineErrors(prog=f"{PROGRAM} doctor", description="Check this machine: versions, GPU, memory, disk, network.")
     parser.add_argument("--config", type=str, help="Name or path of a config, to compare GPU memory and disk with what it needs.")
     parser.add_argument("--nodes", type=PositiveInt, help="Machines that train together; default: the config's trainer.num_nodes, or 1.")
     parser.add_argument("--json", action="store_true", help="Print JSON: the checks, and how many of them failed.")
+    parser.add_argument(
+        "--distributed",
+        action="store_true",
+        help="Instead of the checks: an all-reduce among all processes of the job that srun or torchrun started, its result compared and "
+        "its speed measured; started by itself, among as many processes as there are GPUs here.",
+    )
+    parser.add_argument("--processes", type=PositiveInt, help="With --distributed, started by itself: processes on this machine.")
+    parser.add_argument("--min_bus_bandwidth", type=PositiveFloat, help="With --distributed: GB/s below which it fails; default: none.")
     return parser
 
 
 def run(arguments: Sequence[str]) -> None:
     """Print the table, or JSON; leave with exit code 1 where a minimum is not met."""
     options = build_parser().parse_args(list(arguments))
+    if options.distributed:
+        _check_job(options.processes, options.min_bus_bandwidth)
+        return
     content = merge(config_layers(options.config)) if options.config else {}
     plan = plan_of(options.config, content, options.nodes)
     checks = run_checks(gather_facts(_run_folder(options.config, content)), plan)
@@ -43,6 +55,24 @@ def run(arguments: Sequence[str]) -> None:
     else:
         _print_table(checks, plan)
     if failed:
+        raise SystemExit(FAILED)
+
+
+def _check_job(processes: int | None, minimum: float | None) -> None:
+    from mmrec.commandline import distributed_check as check  # Lightning takes seconds to import
+
+    try:
+        fabric = check.start(processes)
+        reports = check.measure(fabric)
+        found = check.faults(reports, minimum)
+    except RuntimeError as error:  # from torch.distributed: one does not come, or a network that breaks
+        print(f"error: the processes do not reach each other: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        raise SystemExit(FAILED) from error
+    if fabric.is_global_zero:
+        print("\n".join(check.lines(reports)), flush=True)
+        for fault in found:
+            print(f"error: {fault}", file=sys.stderr, flush=True)
+    if found:
         raise SystemExit(FAILED)
 
 

@@ -21,6 +21,7 @@ from callbacks import (
     AuxiliaryLossCurves,
     GPUMemoryProfile,
     LossSpikes,
+    Preemption,
     RandomStates,
     RankAgreement,
     RankChange,
@@ -43,6 +44,7 @@ from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.preflight import check_before_building, require_groups
 from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
+from mmrec.commandline.stopping import leave_if_stopped, leave_signals_to_children
 from mmrec.files import replacing, write_atomically
 
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
@@ -104,7 +106,7 @@ class RunCLI(LightningCLI):
 
     `trainer.callbacks` in a config or on the command line is the user's list: given again it is replaced, `trainer.callbacks+` appends
     to it. Our own callbacks are no part of it and stay, whatever it says; `disable_callbacks` names those to leave out, and each key of
-    `CONFIGURABLE_CALLBACKS` is a group of one's arguments.
+    `CONFIGURABLE_CALLBACKS` is a group of one's arguments; so is `preemption`, which cannot be left out.
 
     Args:
         arguments: what follows the program's name, configs expanded.
@@ -153,7 +155,7 @@ class RunCLI(LightningCLI):
             default=[],
             help="Which of our default callbacks to leave out; trainer.callbacks holds further ones and does not replace these.",
         )
-        for key, callback in CONFIGURABLE_CALLBACKS.items():
+        for key, callback in {**CONFIGURABLE_CALLBACKS, "preemption": Preemption}.items():
             parser.add_lightning_class_args(callback, key)
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -189,7 +191,7 @@ class RunCLI(LightningCLI):
     def _settle(self) -> None:
         """Settle the run folder and the checkpoint, and check everything that can be checked without building."""
         config, fitting = self.run_config, self.config["subcommand"] == "fit"
-        require_groups(config, ["trainer", "model", "model.network", "data", *CONFIGURABLE_CALLBACKS])
+        require_groups(config, ["trainer", "model", "model.network", "data", *CONFIGURABLE_CALLBACKS, "preemption"])
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(default_root(self._config_names))
         self.folder = RunFolder(Path(config.trainer.default_root_dir))
@@ -248,7 +250,7 @@ class RunCLI(LightningCLI):
         if config["enable_progress_bar"] is not False:
             ours.append(TrainingProgressBar())
         if self.subcommand == "fit":
-            ours += [RandomStates(), RankChange(), RankAgreement(run_facts(self.run_config.as_dict()))]
+            ours += [RandomStates(), RankChange(), RankAgreement(run_facts(self.run_config.as_dict())), run["preemption"]]
             if config["enable_checkpointing"] is not False:
                 ours.append(RunCheckpoint(dirpath=str(self.folder.checkpoints), every_n_steps=run["checkpoint_every"]))
         return ours
@@ -274,12 +276,13 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Remember what an earlier run left, before this one makes files of its own; it is moved once nothing is refused any more."""
+        leave_signals_to_children(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's list
             if isinstance(callback, SaveRunConfig) and self._checkpoint is None:
                 callback.earlier_files = self.folder.run_files()
 
     def after_fit(self) -> None:
-        """Say where the run's files lie."""
+        """Say where the run's files lie; of a run that a signal ended also that, and leave as a scheduler expects."""
         if self.run_config.trainer.fast_dev_run:  # writes nothing
             return
         if self._checkpoint is not None and self.model.last_step_loss is None and 0 <= self.trainer.max_steps <= self.trainer.global_step:
@@ -287,6 +290,7 @@ class RunCLI(LightningCLI):
         say(f"TensorBoard logs: {self.folder.tensorboard} (tensorboard --logdir {self.folder.tensorboard})")
         if self.folder.last_checkpoint.is_file():
             say(f"last checkpoint: {self.folder.last_checkpoint}")
+        leave_if_stopped(self.trainer, self.config_init[self.subcommand]["preemption"])
 
 
 def _without_config(command: str) -> str:

@@ -1,0 +1,134 @@
+"""How a stopped run asks Slurm for another start, and with which code it leaves; Slurm's programs are stood in for by scripts."""
+
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+
+from callbacks import Preemption
+from mmrec.commandline.slurm import RequeueError, requeue, slurm_job
+from mmrec.commandline.stopping import leave_if_stopped
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`slurm(state, refuses)` puts `squeue` and `scontrol` on the path; what `scontrol` was called with goes to the file it returns."""
+
+    def install(state: str = "RUNNING", refuses: str = "") -> Path:
+        programs, calls = tmp_path / "bin", tmp_path / "calls"
+        programs.mkdir()
+        scripts = {"squeue": f'echo "{state}"', "scontrol": f'echo "$@" >> {calls}'}
+        if refuses:
+            scripts["scontrol"] = f'echo "{refuses}" >&2; exit 1'
+        for name, script in scripts.items():
+            (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+            (programs / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        return calls
+
+    return install
+
+
+def stopped(saved: Path | None = Path("runs/x/last.ckpt"), requeue: bool = True, step: int = 5) -> Preemption:
+    preemption = Preemption(requeue)
+    preemption.stopped_by, preemption.stopped_at, preemption.saved = signal.SIGTERM, step, saved
+    return preemption
+
+
+def trainer(rank: int = 0, environment: Any = None) -> Any:
+    strategy = SimpleNamespace(launcher=None, cluster_environment=environment)
+    return SimpleNamespace(strategy=strategy, local_rank=rank, global_rank=rank, is_global_zero=rank == 0)
+
+
+def leave(preemption: Preemption, rank: int = 0, environment: Any = None) -> int:
+    with pytest.raises(SystemExit) as end:
+        leave_if_stopped(trainer(rank, environment), preemption)
+    assert isinstance(end.value.code, int)
+    return end.value.code
+
+
+def test_a_running_job_is_put_back(slurm: Any) -> None:
+    calls = slurm()
+    assert slurm_job() == "7"
+    assert requeue("7") is None
+    assert calls.read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
+def test_a_job_that_is_being_ended_is_left_alone(state: str, slurm: Any) -> None:
+    calls = slurm(state)
+    assert requeue("7") == (state or "gone")
+    assert not calls.exists()
+
+
+def test_a_refusal_is_one_line(slurm: Any) -> None:
+    slurm(refuses="Job is no batch job")
+    with pytest.raises(RequeueError, match=r"^scontrol requeue 7: Job is no batch job$"):
+        requeue("7")
+
+
+def test_a_missing_program_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RequeueError, match=r"^squeue .*No such file"):
+        requeue("7")
+
+
+def test_a_run_that_ended_by_itself_returns(slurm: Any) -> None:
+    calls = slurm()
+    leave_if_stopped(trainer(), Preemption())
+    assert not calls.exists()
+
+
+def test_exit_codes_outside_slurm(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert leave(stopped()) == 143
+    assert capsys.readouterr().out == "stopped by SIGTERM at step 5, saved to runs/x/last.ckpt; --ckpt_path last goes on\n"
+    assert leave(stopped(), 1) == 143  # started by a scheduler as well
+    assert leave(stopped(), 1, LightningEnvironment()) == 0  # by rank 0, which tells
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("preemption", "told"),
+    [
+        (stopped(None), "not saved: trainer.enable_checkpointing is false"),
+        (stopped(None, step=0), "before a step was taken: there is nothing to save"),
+    ],
+)
+def test_what_is_not_saved_is_said(
+    preemption: Preemption, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert leave(preemption) == 143
+    assert capsys.readouterr().out == f"stopped by SIGTERM at step {preemption.stopped_at}, {told}\n"
+
+
+def test_exit_codes_under_slurm(slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = slurm()
+    environment = object.__new__(SLURMEnvironment)
+    assert leave(stopped(), 0, environment) == 0
+    assert capsys.readouterr().out.endswith("job 7 is back in Slurm's queue\n")
+    assert leave(stopped(), 1, environment) == 0
+    assert calls.read_text() == "requeue 7\n"  # once
+    assert leave(stopped(requeue=False), 0, environment) == leave(stopped(requeue=False), 1, environment) == 143
+    assert calls.read_text() == "requeue 7\n"
+
+
+def test_a_cancelled_job_ends(slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm("COMPLETING")
+    assert leave(stopped()) == 143
+    assert capsys.readouterr().out.endswith("job 7 is COMPLETING: not put back into Slurm's queue\n")
+
+
+def test_a_refusal_ends_with_its_own_code(slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    slurm(refuses="no")
+    assert leave(stopped()) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: Slurm did not put job 7 back into its queue: scontrol requeue 7: no; submit it again, or")
+    assert len(captured.err.splitlines()) == 1
+    assert "stopped by SIGTERM at step 5, saved to" in captured.out
