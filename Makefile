@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 RUN = $(VENV)/bin/python -m
 
-.PHONY: install fit test lint test-oldest-triton test-gpu bench docs clean
+.PHONY: install fit test lint test-oldest-triton test-gpu test-faults bench docs clean
 
 install: $(VENV)/installed
 
@@ -35,6 +35,10 @@ test-oldest-triton: install
 
 test-gpu: install
 	$(RUN) pytest -m gpu
+
+# The full counts of what `make test` tries a few times: kills at random moments and the like.
+test-faults: install
+	OMP_NUM_THREADS=1 $(RUN) pytest -m faults
 
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"
