@@ -2,6 +2,7 @@
 
 from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from callbacks.auxiliary_loss_curves import AuxiliaryLossCurves
+from callbacks.background_checkpoint_io import BackgroundCheckpointIO
 from callbacks.gpu_memory_profile import GPUMemoryProfile
 from callbacks.loss_spikes import LossSpikes
 from callbacks.preemption import Preemption
@@ -10,6 +11,7 @@ from callbacks.rank_agreement import RankAgreement
 from callbacks.rank_change import RankChange
 from callbacks.rank_watch import RankWatch
 from callbacks.run_checkpoint import RunCheckpoint
+from callbacks.same_checkpoint import SameCheckpoint
 from callbacks.skipped_steps import SkippedSteps
 from callbacks.step_latency import StepLatency
 from callbacks.training_progress_bar import TrainingProgressBar
@@ -17,6 +19,7 @@ from callbacks.training_progress_bar import TrainingProgressBar
 __all__ = [
     "AtomicCheckpointIO",
     "AuxiliaryLossCurves",
+    "BackgroundCheckpointIO",
     "GPUMemoryProfile",
     "LossSpikes",
     "Preemption",
@@ -25,6 +28,7 @@ __all__ = [
     "RankChange",
     "RankWatch",
     "RunCheckpoint",
+    "SameCheckpoint",
     "SkippedSteps",
     "StepLatency",
     "TrainingProgressBar",

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 raise
             raise OSError(f"cannot write the checkpoint {target}: {_reason(cause, target, needed)}") from error
 
+    def then(self, action: Callable[[], None]) -> None:
+        """Do something as soon as the file of the latest `save_checkpoint` is there: here at once."""
+        action()
+
+    def wait(self) -> None:
+        """Until nothing is being written: here nothing ever is."""
+
     def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
         """Load onto the CPU; the strategy moves the parts to where they belong.
 
@@ -76,4 +83,4 @@ def _reason(cause: OSError, target: Path, needed: int) -> str:
         return f"{reason}; give a folder you may write to"
     folder = next((folder for folder in target.parents if folder.is_dir()), Path("/"))
     free = shutil.disk_usage(folder).free
-    return f"{reason}; it needs about {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free; make room and resume"
+    return f"{reason}; it needs about {needed / 2**20:,.1f} MiB and {free / 2**20:,.1f} MiB are free; make room"

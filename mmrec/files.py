@@ -6,6 +6,7 @@ Imports nothing but torch, so that the data modules and the callbacks may use it
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import pickle
@@ -102,8 +103,15 @@ def require_writable(folder: str | os.PathLike[str], name: str) -> None:
         raise OSError(f"{fault}: {(error.strerror or str(error)).lower()}; choose another folder") from error
 
 
+class DamagedCheckpointError(ValueError):
+    """A file that is no whole checkpoint: another one may be."""
+
+
 def read_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False, map_location: Any = "cpu") -> Any:
     """A checkpoint's content: tensors and plain types, its checksums compared.
+
+    The checksums are the CRC-32s that `torch.save` keeps of every record of its zip file. They lie in the file that they speak of and are
+    renamed into place with it, so that no kill can part the two, as it could a file beside it. `torch.load` itself compares none of them.
 
     Args:
         path: a file that `torch.save` wrote.
@@ -112,7 +120,9 @@ def read_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False, map_loc
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a file that is damaged, no checkpoint, or holds objects that would have to run code to be loaded.
+        PermissionError: no right to read it.
+        DamagedCheckpointError: a file that is damaged, or no checkpoint; a ValueError.
+        ValueError: it holds objects that would have to run code to be loaded.
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"no checkpoint {path}; give the path of a .ckpt file, or 'last'")
@@ -125,12 +135,12 @@ def read_checkpoint(path: str | os.PathLike[str], *, mmap: bool = False, map_loc
             raise ValueError(f"checkpoint {path} is refused: it holds more than tensors and plain types") from error
         except (RuntimeError, EOFError, KeyError) as error:
             fault = (str(error).splitlines() or [type(error).__name__])[0]
-    raise ValueError(f"checkpoint {path} is damaged or no checkpoint ({fault}); use another one, there may be one beside it")
+    raise DamagedCheckpointError(f"checkpoint {path} is damaged or no checkpoint ({fault}); use another one, there may be one beside it")
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=64)
 def _fault(path: str, size: int, changed: int) -> str | None:
-    """What is wrong with the file as such; torch.load itself does not compare the checksums that torch.save wrote.
+    """What is wrong with the file as such.
 
     Asked once about a file of this size and time of change: before a large run starts, its checkpoint is read more than once.
     """
@@ -139,3 +149,9 @@ def _fault(path: str, size: int, changed: int) -> str | None:
             return "its checksums do not fit its bytes" if archive.testzip() is not None else None
     except zipfile.BadZipFile:
         return "truncated, or another kind of file"
+    except OSError as error:
+        if error.errno not in (None, errno.EIO, errno.EINVAL):
+            raise
+        return (error.strerror or "its directory leads outside of it").lower()  # a bad sector; an offset that is no place in the file
+    except Exception as error:  # a directory that says nonsense: a name that is no text, an unknown compression, an end before the end
+        return f"its directory is not a zip file's: {type(error).__name__}"

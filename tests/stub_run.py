@@ -5,6 +5,7 @@ loss, and a number drawn from all three generators, both as hexadecimal floats.
 """
 
 import copy
+import errno
 import json
 import os
 import random
@@ -21,7 +22,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks import AtomicCheckpointIO, RandomStates, RunCheckpoint
+from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RandomStates, RunCheckpoint
 from lightning_modules import BaselineLightningModule, MMRecLightningModule
 from mmrec.baselines import BaselineConfig
 from mmrec.config import MMRecConfig
@@ -167,6 +168,10 @@ def main(options: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kill_after, resume = options.pop("kill_after", None), options.pop("resume", None)
     checkpoints = RunCheckpoint(every_n_steps=options.pop("checkpoint_every", 2))
+    if io := options.pop("io", None):
+        options["plugins"] = [BackgroundCheckpointIO() if io == "background" else AtomicCheckpointIO()]
+    if failing := options.pop("failing_saves", None):
+        _fail_saves(failing)
     data = StubData(**options.pop("data", {}))
     if kill_in_save := options.pop("kill_in_save", None):
         _kill_in_save(*kill_in_save)
@@ -189,6 +194,18 @@ def _kill_in_save(step: int, size: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     torch.save = dying
+
+
+def _fail_saves(steps: list[int]) -> None:
+    """Let the disk be full when the checkpoints of `steps` are written."""
+    real = torch.save
+
+    def failing(content: Any, file: Any, **options: Any) -> None:  # what ranks tell each other is pickled through it as well
+        if isinstance(content, dict) and content.get("global_step") in steps:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(content, file, **options)
+
+    torch.save = failing
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lightning_modules.checks import check_checkpoint_shapes
 from mmrec.config import MMRecConfig
 from mmrec.files import read_checkpoint
 from mmrec.model import MMRecModel
+from mmrec.pretrained import assemble
 
 _PREFIX = "network."  # where the network lies in the LightningModule
 
@@ -71,14 +72,10 @@ def load_network(path: Path, device: torch.device, dtype: torch.dtype | None = N
     checkpoint = read_run_checkpoint(path)
     config = network_config(checkpoint, path)
     fields = {**asdict(config), "use_uboo": False, "activation_checkpointing": False}
+    inference = MMRecConfig(**fields)
     with torch.device("meta"):
-        network = MMRecModel(MMRecConfig(**fields))
+        wanted = MMRecModel(inference).state_dict()
     weights = {name.removeprefix(_PREFIX): value for name, value in checkpoint["state_dict"].items() if name.startswith(_PREFIX)}
-    wanted = network.state_dict()
-    missing = [name for name in wanted if name not in weights or weights[name].shape != wanted[name].shape]
-    if missing:
-        raise ValueError(f"checkpoint {path} is damaged: {missing[0]} is missing or of another shape than its configuration says")
-    network.load_state_dict({name: weights[name].to(device, copy=True) for name in wanted}, assign=True)  # copies: the file may go
-    if config.tie_embeddings:
-        network.head.weight = network.embedding.weight
-    return network.to(dtype=dtype).eval() if dtype is not None else network.eval()
+    # Copies: the file may go.
+    kept = {name: weights[name].to(device, copy=True) for name in wanted if name in weights}
+    return assemble(inference, kept, f"checkpoint {path}", dtype)

@@ -9,13 +9,16 @@ import torch
 from jsonargparse import Namespace
 from jsonargparse.typing import PositiveInt
 
+from datamodules.tokenizer import Tokenizer, load_tokenizer
 from mmrec.commandline.checkpoints import load_network
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
-from mmrec.commandline.run_folder import RUNS, RunFolder
+from mmrec.commandline.run_folder import run_and_checkpoint
 from mmrec.commandline.run_tokenizer import find_tokenizer
 from mmrec.commandline.streaming_text import text_pieces
 from mmrec.generate import Sampling, generate
+from mmrec.model import MMRecModel
+from mmrec.pretrained import TOKENIZER, load_pretrained, read_config
 
 
 def build_parser() -> OneLineErrors:
@@ -24,7 +27,8 @@ def build_parser() -> OneLineErrors:
         prog=f"{PROGRAM} generate", description="Continue a prompt with a trained network, with a state of constant size."
     )
     parser.add_argument("--run", type=str, help="Run folder, e.g. runs/cpu_tiny; default: the one --ckpt_path lies in.")
-    parser.add_argument("--ckpt_path", type=str, default="last", help="Checkpoint file, or last for the run's newest.")
+    parser.add_argument("--ckpt_path", type=str, default="last", help="Checkpoint file, or last for the run's newest, or best.")
+    parser.add_argument("--model", type=str, help="Folder that `export` wrote, in the place of --run and --ckpt_path.")
     parser.add_argument("--tokenizer", type=str, help="tokenizer.json; default: the run's.")
     parser.add_argument("--prompt", type=str, help="Text to continue; default: a new document.")
     parser.add_argument("--prompt_file", type=str, help="File with the text to continue, UTF-8; - reads the standard input.")
@@ -40,15 +44,7 @@ def run(arguments: Sequence[str]) -> None:
     options = build_parser().parse_args(list(arguments))
     sampling = Sampling(**{name: options[name] for name in Sampling.__dataclass_fields__})
     prompt = _prompt(options)
-    folder, checkpoint = _checkpoint(options)
-    device = _device(options.device)
-    tokenizer, document_first = find_tokenizer(folder, options.tokenizer)
-    network = load_network(checkpoint, device, None if options.dtype == "checkpoint" else getattr(torch, options.dtype))
-    if tokenizer.vocab_size != network.config.vocab_size:
-        raise BadInputError(
-            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens but the network {network.config.vocab_size}; "
-            "give the one it was trained with as --tokenizer"
-        )
+    network, tokenizer, document_first = _network(options)
     prompt_ids = tokenizer.encode(prompt)
     if document_first or not prompt_ids:  # in training every document but a forgotten one follows the end of another
         prompt_ids = [tokenizer.eod_id, *prompt_ids]
@@ -76,17 +72,27 @@ def _prompt(options: Namespace) -> str:
         raise BadInputError(f"--prompt_file: {name} is not UTF-8 text: byte {error.start} is {content[error.start]:#04x}") from error
 
 
-def _checkpoint(options: Namespace) -> tuple[RunFolder, Path]:
-    """The run folder and the checkpoint in it."""
-    if options.run is None and options.ckpt_path == "last":
-        found = sorted(str(path.parent.parent) for path in RUNS.glob("*/checkpoints/last.ckpt"))
-        raise BadInputError(f"give a run folder as --run ({', '.join(found) or f'none found under {RUNS}: run fit first'})")
-    # A checkpoint lies in RUN/checkpoints.
-    folder = RunFolder(Path(options.run) if options.run is not None else Path(options.ckpt_path).absolute().parent.parent)
-    checkpoint = folder.find_checkpoint(options.ckpt_path)
-    if checkpoint is None:
-        raise FileNotFoundError(f"no checkpoint under {folder.checkpoints}; run fit first or give another --run")
-    return folder, checkpoint
+def _network(options: Namespace) -> tuple[MMRecModel, Tokenizer, bool]:
+    """The network, its tokenizer, and whether a document followed the end of another in training."""
+    device, dtype = _device(options.device), None if options.dtype == "checkpoint" else getattr(torch, options.dtype)
+    if options.model is None:
+        folder, checkpoint = run_and_checkpoint(options.run, options.ckpt_path)
+        tokenizer, document_first = find_tokenizer(folder, options.tokenizer)
+        network = load_network(checkpoint, device, dtype)
+    else:
+        if options.run is not None or options.ckpt_path != "last":
+            raise BadInputError("give --model, or --run and --ckpt_path, not both")
+        facts, beside = read_config(options.model), Path(options.model) / TOKENIZER
+        if options.tokenizer is None and not beside.is_file():
+            raise FileNotFoundError(f"no {beside}; give the tokenizer of the run as --tokenizer")
+        tokenizer, document_first = load_tokenizer(options.tokenizer or str(beside)), bool(facts.get("document_first", True))
+        network = load_pretrained(options.model, device, dtype)
+    if tokenizer.vocab_size != network.config.vocab_size:
+        raise BadInputError(
+            f"tokenizer {tokenizer.path} has {tokenizer.vocab_size} tokens but the network {network.config.vocab_size}; "
+            "give the one it was trained with as --tokenizer"
+        )
+    return network, tokenizer, document_first
 
 
 def _device(name: str) -> torch.device:

@@ -35,6 +35,7 @@ TRAINER_COMMANDS = {  # and what the help says of them
 }
 OUR_COMMANDS = {
     "generate": Command("mmrec.commandline.command_generate"),
+    "export": Command("mmrec.commandline.command_export"),
     "prepare": Command("mmrec.commandline.command_prepare"),
     "configs": Command("mmrec.commandline.command_configs"),
     "doctor": Command("mmrec.commandline.command_doctor"),

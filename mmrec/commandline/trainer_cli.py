@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace
-from jsonargparse.typing import PositiveInt
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from callbacks import (
     AtomicCheckpointIO,
     AuxiliaryLossCurves,
+    BackgroundCheckpointIO,
     GPUMemoryProfile,
     LossSpikes,
     Preemption,
@@ -27,12 +28,14 @@ from callbacks import (
     RankChange,
     RankWatch,
     RunCheckpoint,
+    SameCheckpoint,
     SkippedSteps,
     StepLatency,
     TrainingProgressBar,
 )
 from datamodules import C4DataModule
 from lightning_modules import MMRecLightningModule
+from mmrec.checkpoint_files import BEST, Choice, best_copies
 from mmrec.commandline.arguments import expand_configs
 from mmrec.commandline.checkpoints import read_run_checkpoint
 from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
@@ -55,6 +58,20 @@ CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
     "loss_spikes": LossSpikes,
     "rank_watch": RankWatch,
     "step_latency": StepLatency,  # last: the forward begins when it is called, and the others' work is not part of it
+}
+CHECKPOINT_OPTIONS: dict[str, tuple[Any, Any, str]] = {  # name: type, default, help
+    "checkpoint_every": (PositiveInt, 1000, "Optimiser steps between two writings of checkpoints/last.ckpt."),
+    "checkpoint_keep": (
+        NonNegativeInt,
+        2,
+        "Newest checkpoints that stay, named by step and loss, last.ckpt being one of them; below 2 there is none to go back to.",
+    ),
+    "checkpoint_best": (bool, True, "Keep the checkpoint of the lowest validation loss as well, as checkpoints/best.ckpt."),
+    "checkpoint_async": (
+        bool,
+        True,
+        "Copy the state to host memory, which must hold it once, and write it while training goes on; false: training waits.",
+    ),
 }
 CallbackName = Literal["memory_profile", "step_latency", "auxiliary_curves", "skipped_steps", "loss_spikes", "rank_watch"]
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -120,7 +137,7 @@ class RunCLI(LightningCLI):
         restrict_class_paths()
         self._config_names = config_names
         self._other_commands = other_commands or {}
-        self._checkpoint: Path | None = None
+        self._choice = Choice(None, [], "")
         super().__init__(
             MMRecLightningModule,
             LightningDataModule,
@@ -146,9 +163,8 @@ class RunCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Our own keys beside `trainer`, `model` and `data`."""
         parser.set_defaults({"data": {"class_path": f"{C4DataModule.__module__}.{C4DataModule.__qualname__}"}})
-        parser.add_argument(
-            "--checkpoint_every", type=PositiveInt, default=1000, help="Optimiser steps between two writings of checkpoints/last.ckpt."
-        )
+        for name, (kind, default, text) in CHECKPOINT_OPTIONS.items():
+            parser.add_argument(f"--{name}", type=kind, default=default, help=text)
         parser.add_argument(
             "--disable_callbacks",
             type=list[CallbackName],
@@ -184,6 +200,11 @@ class RunCLI(LightningCLI):
     # ---- before anything is built
 
     @property
+    def _checkpoint(self) -> Path | None:
+        """What is loaded, if anything is."""
+        return self._choice.path
+
+    @property
     def run_config(self) -> Namespace:
         """The chosen subcommand's part of the config."""
         return self.config[self.config["subcommand"]]
@@ -202,7 +223,9 @@ class RunCLI(LightningCLI):
         if ckpt_path is None and not fitting:
             ckpt_path = "last"  # null stands in every saved config, and random weights are never what is to be evaluated
         if ckpt_path is not None:
-            self._checkpoint = self.folder.find_checkpoint(ckpt_path)
+            self._choice = self.folder.find_checkpoint(ckpt_path)
+            if self._choice.remark:
+                say(f"warning: {self._choice.remark}")
             if self._checkpoint is None and not fitting:
                 raise FileNotFoundError(f"no checkpoint under {self.folder.checkpoints}; give --ckpt_path FILE or run fit first")
             if not fitting:
@@ -229,7 +252,8 @@ class RunCLI(LightningCLI):
             config["logger"] = self._tensorboard() if fitting else False
         plugins = config["plugins"] if isinstance(config["plugins"], list) else [config["plugins"]] if config["plugins"] else []
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, AtomicCheckpointIO()]
+            background = fitting and self.config_init[self.subcommand]["checkpoint_async"]
+            plugins = [*plugins, BackgroundCheckpointIO() if background else AtomicCheckpointIO()]
         config["plugins"] = plugins
         try:
             return self._instantiate_trainer(config, self._our_callbacks(config))
@@ -246,13 +270,15 @@ class RunCLI(LightningCLI):
 
     def _our_callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         run = self.config_init[self.subcommand]
-        ours: list[Callback] = [run[key] for key in CONFIGURABLE_CALLBACKS if key not in run["disable_callbacks"]]
+        ours: list[Callback] = [SameCheckpoint()]
+        ours += [run[key] for key in CONFIGURABLE_CALLBACKS if key not in run["disable_callbacks"]]
         if config["enable_progress_bar"] is not False:
             ours.append(TrainingProgressBar())
         if self.subcommand == "fit":
             ours += [RandomStates(), RankChange(), RankAgreement(run_facts(self.run_config.as_dict())), run["preemption"]]
             if config["enable_checkpointing"] is not False:
-                ours.append(RunCheckpoint(dirpath=str(self.folder.checkpoints), every_n_steps=run["checkpoint_every"]))
+                options = {"every_n_steps": run["checkpoint_every"], "keep": run["checkpoint_keep"], "keep_best": run["checkpoint_best"]}
+                ours.append(RunCheckpoint(dirpath=str(self.folder.checkpoints), damaged=self._choice.damaged, **options))
         return ours
 
     # ---- running
@@ -290,6 +316,8 @@ class RunCLI(LightningCLI):
         say(f"TensorBoard logs: {self.folder.tensorboard} (tensorboard --logdir {self.folder.tensorboard})")
         if self.folder.last_checkpoint.is_file():
             say(f"last checkpoint: {self.folder.last_checkpoint}")
+        for best in best_copies(self.folder.checkpoints)[:1]:
+            say(f"best checkpoint: {self.folder.checkpoints / BEST}, of step {best.step} with a val/loss of {best.val_loss:.3f}")
         leave_if_stopped(self.trainer, self.config_init[self.subcommand]["preemption"])
 
 

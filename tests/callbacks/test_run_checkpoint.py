@@ -113,6 +113,25 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path: Pa
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
+def test_damaged_files_are_put_out_of_the_way_and_last_is_whole_before_the_first_step(tmp_path: Path, stubs: ModuleType) -> None:
+    """A run that is killed before its next checkpoint leaves a good folder, and no damaged file outlives a whole one."""
+
+    class Stop(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    fit(tmp_path, stubs, max_steps=6)
+    folder = tmp_path / "checkpoints"
+    _last, third, sixth = [folder / name for name in names(tmp_path)]
+    os.truncate(sixth, 100)
+    checkpoints = RunCheckpoint(every_n_steps=3, damaged=[folder / "last.ckpt", sixth])
+    trainer = stubs.make_trainer(tmp_path, [Stop(), checkpoints], logger=False, max_steps=9)
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(stubs.make_module(), datamodule=stubs.StubData(), ckpt_path=str(third))
+    assert names(tmp_path) == ["last.ckpt", "last.ckpt.damaged", third.name, f"{sixth.name}.damaged"]
+    assert os.path.samefile(folder / "last.ckpt", third)
+
+
 def test_fast_dev_run_writes_nothing(tmp_path: Path, stubs: ModuleType) -> None:
     fit(tmp_path, stubs, fast_dev_run=True)
     assert list(tmp_path.iterdir()) == []

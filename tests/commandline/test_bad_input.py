@@ -25,6 +25,10 @@ OPTIONS = {
     ("--trainer.max_steps", "-1"): "trainer.max_steps: the run has no end; give the number of optimiser steps",
     ("--trainer.strategy", "fsdp3"): "trainer: You selected an invalid strategy name: `strategy='fsdp3'`",
     ("--checkpoint_every", "0"): "checkpoint_every: expected a whole number above 0, got 0",
+    ("--checkpoint_keep", "-1"): "checkpoint_keep: expected a whole number from 0, got -1",
+    ("--checkpoint_async", "maybe"): "checkpoint_async: expected bool, got maybe",
+    ("--checkpoint_kep", "3"): "unknown key checkpoint_kep; did you mean checkpoint_keep?",
+    ("--ckpt_path", "best"): "no best.ckpt under runs/cpu_tiny/checkpoints: no validation has run, or checkpoint_best is false; give last",
     ("--disable_callbacks", "[step]"): "got step; did you mean step_latency?",
     ("--step_latency.windo", "3"): "unknown key step_latency.windo; did you mean step_latency.window?",
     ("--resume",): "unknown key resume; a checkpoint is given as --ckpt_path FILE, or last for the newest",
@@ -94,7 +98,7 @@ def test_configs_in_folders_are_pointed_to(cli) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "no command given; choose one of fit, validate, test, predict, generate, prepare, configs, doctor, or --help"),
+        ((), "no command given; choose one of fit, validate, test, predict, generate, export, prepare, configs, doctor, or --help"),
         (("fitt",), "no command fitt; did you mean fit?"),
         (("train",), "no command train; did you mean fit?"),
         (("fit",), "fit: no config; give --config NAME, a file of yours or one of a100_7b, cpu_tiny, debug, h100_125m, "),

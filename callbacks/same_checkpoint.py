@@ -1,0 +1,40 @@
+"""SameCheckpoint: all ranks go on from one checkpoint, or none does."""
+
+from pathlib import Path
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from mmrec.files import read_checkpoint
+
+
+class SameCheckpoint(Callback):
+    """Compares, before anything is loaded, which checkpoint each rank has found: its name, its size and its step.
+
+    Each process looks for itself before there are others to ask, and all look at the same files by the same rule. Where what they see
+    differs (folders that are not shared, a disk that fails on one node), they would train from different weights without a word.
+    """
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Compare, on all ranks.
+
+        Raises:
+            ValueError: on all ranks, naming what two of them have found.
+        """
+        if trainer.world_size == 1:
+            return
+        found: list[str] = [""] * trainer.world_size
+        dist.all_gather_object(found, _described(trainer.ckpt_path))
+        other = next((rank for rank, description in enumerate(found) if description != found[0]), None)
+        if other is not None:
+            raise ValueError(
+                f"the ranks have found different checkpoints: rank 0 {found[0]}, rank {other} {found[other]}; "
+                "they must see one run folder: let trainer.default_root_dir lie on a disk that all nodes share"
+            )
+
+
+def _described(path: object) -> str:
+    if not path:
+        return "none"
+    file = Path(str(path))
+    return f"{file.name} of {file.stat().st_size:,} bytes at step {read_checkpoint(file, mmap=True).get('global_step')}"

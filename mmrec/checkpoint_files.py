@@ -1,0 +1,111 @@
+"""The files in a run's checkpoint folder: their names, their order, and which of them can be gone on from."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from mmrec.files import DamagedCheckpointError, read_checkpoint
+
+LAST = "last.ckpt"  # a hard link of the newest copy
+BEST = "best.ckpt"  # a hard link of the copy with the lowest validation loss
+DAMAGED_SUFFIX = ".damaged"
+_COPY = re.compile(r"step=(\d+)-loss=.*\.ckpt")
+_BEST = re.compile(r"best-step=(\d+)-val_loss=(.*)\.ckpt")
+
+
+def copy_name(step: int, loss: float) -> str:
+    """The name of the checkpoint after `step` optimiser steps."""
+    return f"step={step:06d}-loss={loss:.3f}.ckpt"
+
+
+def copies(folder: Path) -> list[Path]:
+    """Copies named by step and loss, the last written first; of two of one time the one of the higher step."""
+    found: list[tuple[int, int, Path]] = []
+    for path in folder.glob("step=*.ckpt"):
+        if match := _COPY.fullmatch(path.name):
+            try:
+                found.append((path.stat().st_mtime_ns, int(match[1]), path))
+            except FileNotFoundError:  # gone since it was listed
+                continue
+    return [path for _, _, path in sorted(found, reverse=True)]
+
+
+class Best(NamedTuple):
+    """The checkpoint with the lowest validation loss, as its name tells it.
+
+    Attributes:
+        step: optimiser steps taken.
+        val_loss: nats a token, to six places.
+    """
+
+    path: Path
+    step: int
+    val_loss: float
+
+
+def best_name(step: int, val_loss: float) -> str:
+    """The name of the best checkpoint beside `best.ckpt`, which says what `best.ckpt` cannot."""
+    return f"best-step={step:06d}-val_loss={val_loss:.6f}.ckpt"
+
+
+def best_copies(folder: Path) -> list[Best]:
+    """The best checkpoint first; of two, a run was killed before it removed the one that was the best before."""
+    matches = [(path, _BEST.fullmatch(path.name)) for path in folder.glob("best-step=*.ckpt")]
+    found = []
+    for path, match in matches:
+        try:
+            if match is not None:
+                found.append(Best(path, int(match[1]), float(match[2])))
+        except ValueError:  # a name of somebody else's
+            continue
+    return sorted(found, key=lambda best: best.val_loss)
+
+
+class Choice(NamedTuple):
+    """The newest checkpoint that can be read.
+
+    Attributes:
+        path: None where the folder has none at all.
+        damaged: those that are newer and cannot be.
+        remark: one line that says why it is not `last.ckpt`; empty where it is.
+    """
+
+    path: Path | None
+    damaged: Sequence[Path]
+    remark: str
+
+
+def newest_readable(folder: Path) -> Choice:
+    """`last.ckpt`, or where it is damaged or gone the newest copy that is whole.
+
+    Every byte of what is chosen has been read and compared with its checksum.
+
+    Raises:
+        DamagedCheckpointError: there are checkpoints, and none is whole; one line.
+        ValueError: the newest holds objects that would have to run code: no accident, and nothing to pass over.
+        PermissionError: no right to read one.
+    """
+    last = folder / LAST
+    candidates = [last, *copies(folder)] if last.exists() else copies(folder)
+    damaged: list[Path] = []
+    faults: list[str] = [] if last.exists() or not candidates else [f"{last} is gone"]
+    for path in candidates:
+        try:
+            if any(path.samefile(other) for other in damaged):  # another name of what has been refused
+                damaged.append(path)
+                continue
+            read_checkpoint(path, mmap=True)
+        except DamagedCheckpointError as error:
+            damaged.append(path)
+            faults.append(str(error).partition(";")[0])
+        except FileNotFoundError:
+            faults.append(f"{path} is gone")
+        else:
+            remark = f"{'; '.join(faults)}: using the one before, {path.name}" if faults else ""
+            return Choice(path, damaged, remark)
+    if not candidates:
+        return Choice(None, [], "")
+    best = folder / BEST
+    other = f"; give another one as --ckpt_path{f', as {best},' if best.is_file() else ''} or leave it out to begin anew"
+    raise DamagedCheckpointError(f"no checkpoint under {folder} can be read: {'; '.join(faults)}{other}")
