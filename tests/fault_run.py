@@ -135,7 +135,10 @@ def snapshot(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     names = {parameter: name for name, parameter in module.named_parameters()}
     found = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     for parameter, state in optimizer.state.items():
-        found |= {f"{names[parameter]}/{key}": torch.as_tensor(value).detach().clone() for key, value in state.items()}
+        for key, value in state.items():
+            # torchao's moments of 8 bits cannot be cloned, and have their tensors within.
+            parts = {f"{key}.{part}": getattr(value, part) for part in ("codes", "scale") if hasattr(value, part)} or {key: value}
+            found |= {f"{names[parameter]}/{name}": torch.as_tensor(part).detach().clone() for name, part in parts.items()}
     return found
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from support import relative_error
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_modules.float8 import check_float8, check_float8_batch, convert_to_float8, float8_linears
 from mmrec.model import MMRecModel
@@ -78,10 +79,10 @@ def test_it_trains_on_a_gpu(precision: str, stubs: ModuleType, tmp_path: Any) ->
     losses = {}
     for fp8 in (False, True):
         module = stubs.make_module({"model_dim": 128, "num_heads": 2, "ffn_dim": 256}, fp8=fp8, compile_blocks=True)
-        trainer = stubs.make_trainer(tmp_path, accelerator="gpu", logger=False, precision=precision, max_steps=8)
-        trainer.fit(module, datamodule=stubs.StubData())
+        trainer = stubs.make_trainer(tmp_path, accelerator="gpu", logger=False, precision=precision, max_steps=6, limit_val_batches=0)
+        trainer.fit(module, DataLoader([stubs.make_batch([0, 1, 2, 3])] * 6, batch_size=None))
         losses[fp8] = float(module.last_step_loss)
     kinds = {type(linear).__name__ for linear in float8_linears(module.network).values()}
     assert kinds == {"Float8Linear"}
     assert losses[True] == pytest.approx(losses[False], rel=0.05)
-    assert losses[True] < torch.tensor(32.0).log()
+    assert losses[True] < torch.tensor(32.0).log()  # random tokens, one batch again and again: it learns them by heart

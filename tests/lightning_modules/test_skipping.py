@@ -57,6 +57,7 @@ class Stepper:
         if spoil is not None:
             assert self.parameters[1].grad is not None
             self.parameters[1].grad[3] = spoil
+        torch.manual_seed(number)  # for stochastic rounding, which all optimisers of a process draw from one source
         self.optimizer.step(lambda: clip_gradients(self.optimizer, *clip))  # within the step, as Lightning does
         give_gradients_back(self.optimizer)
 
