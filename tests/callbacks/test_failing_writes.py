@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -181,7 +182,7 @@ def test_two_ranks_go_on_and_stop_together(kind: str, tmp_path: Path) -> None:
     options = {"folder": str(tmp_path), "max_steps": 9, "devices": 2, "strategy": "ddp", "io": kind, "failing_saves": [4, 8, 9]}
     command = [sys.executable, str(ROOT / "tests" / "stub_run.py"), json.dumps(options)]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False, cwd=tmp_path)
-    assert ended.returncode == 1
+    assert ended.returncode in (1, -signal.SIGKILL)  # Lightning's launcher kills rank 0 where it sees rank 1 gone before it
     lines = ended.stderr.splitlines()
     assert sum("(1 of at most 3 failures in a row)" in line for line in lines) == 2
     assert sum("OSError: cannot write the checkpoint " in line for line in lines) >= 1
