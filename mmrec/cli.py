@@ -11,7 +11,6 @@ from mmrec.commandline.commands import OUR_COMMANDS, chosen_command
 from mmrec.commandline.errors import one_line_errors
 from mmrec.stop_signals import keep_stop_signals
 
-
 WORLD_WRITABLE = 0o002  # which nothing that a command makes shall be, whatever the user's umask; processes that it starts inherit it
 
 

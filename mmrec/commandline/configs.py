@@ -92,7 +92,9 @@ def read_config(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}; correct it there") from error
+        raise ValueError(
+            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}; correct it there"
+        ) from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}; correct it") from error
     if duplicate:

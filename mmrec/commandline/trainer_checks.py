@@ -53,7 +53,10 @@ def check_trainer(config: Namespace) -> None:
         "gradient_clip_val": (_is_limit(trainer.gradient_clip_val), "a finite number above 0, or null for no clipping"),
         "log_every_n_steps": (trainer.log_every_n_steps >= 1, "at least 1 step"),
         "val_check_interval": (_is_interval(trainer.val_check_interval), "at least 1 batch, or a share of an epoch from 0 to 1"),
-        "check_val_every_n_epoch": (trainer.check_val_every_n_epoch is None or trainer.check_val_every_n_epoch >= 1, "at least 1 epoch, or null"),
+        "check_val_every_n_epoch": (
+            trainer.check_val_every_n_epoch is None or trainer.check_val_every_n_epoch >= 1,
+            "at least 1 epoch, or null",
+        ),
         **{name: (_is_limit(trainer[name]), "a number of batches, or a share of them from 0 to 1") for name in _LIMITS},
     }
     for name, (is_fine, remedy) in fine.items():

@@ -215,7 +215,9 @@ class RunCLI(LightningCLI):
         """Settle the run folder and the checkpoint, and check everything that can be checked without building."""
         config, fitting = self.run_config, self.config["subcommand"] == "fit"
         require_groups(config, ["trainer", "model", "model.network", "data", *CONFIGURABLE_CALLBACKS, "preemption"])
-        require_values(config, self.parser._subcommands_action.choices[self.config["subcommand"]])
+        listed = self.parser._subcommands_action
+        assert listed is not None  # made with the parser
+        require_values(config, listed.choices[self.config["subcommand"]])
         config.trainer.strategy = strategy_of(config.trainer.strategy)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(default_root(self._config_names))
@@ -272,7 +274,9 @@ class RunCLI(LightningCLI):
             if "more than one stateful callback" not in str(error):
                 raise
             name = str(error).partition("`")[2].partition("`")[0]
-            raise BadInputError(f"trainer.callbacks: there is a {name} already; take one out, or change its options by its own key") from error
+            raise BadInputError(
+                f"trainer.callbacks: there is a {name} already; take one out, or change its options by its own key"
+            ) from error
 
     def _tensorboard(self) -> TensorBoardLogger:
         folder, purge_step = self.folder, None

@@ -76,7 +76,9 @@ def test_the_canary_is_never_written(way: str, cli) -> None:
         assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("name", ["memory://evil.yaml", "file:///etc/hostname", "https://localhost/evil.yaml", "github://a:b@main/evil.yaml"])
+@pytest.mark.parametrize(
+    "name", ["memory://evil.yaml", "file:///etc/hostname", "https://localhost/evil.yaml", "github://a:b@main/evil.yaml"]
+)
 @pytest.mark.parametrize("option", ["--config", "--trainer", "--data"])
 def test_no_config_is_fetched_from_anywhere(option: str, name: str, cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*arguments: object, **more: object) -> None:

@@ -150,7 +150,11 @@ def test_a_checkpoint_of_another_network_is_refused(cli, tmp_path: Path, finishe
 def test_more_gpus_than_there_are_and_a_list_that_names_one_twice(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
-    for devices, remedy in (("3", "give at most 2"), ("[0, 0]", "give different numbers"), ("[0, 2]", "give different numbers from 0 to 1")):
+    for devices, remedy in (
+        ("3", "give at most 2"),
+        ("[0, 0]", "give different numbers"),
+        ("[0, 2]", "give different numbers from 0 to 1"),
+    ):
         error = wrong(cli, tmp_path, "--trainer.accelerator", "gpu", "--trainer.devices", devices)
         assert error.startswith(f"trainer.devices is {devices}")
         assert remedy in error
