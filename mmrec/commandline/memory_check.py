@@ -46,7 +46,7 @@ def _is_divided(strategy: Any) -> bool:
 
 def _memory(accelerator: Any) -> tuple[str, int]:
     """Name and bytes of what the network will lie in; of the machine, where that is no CUDA device."""
-    if accelerator != "cpu" and torch.cuda.is_available():
+    if accelerator != "cpu" and torch.cuda.device_count() > 0:
         return "a GPU here", torch.cuda.get_device_properties(0).total_memory
     return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 

@@ -95,9 +95,9 @@ def _check_devices(devices: Any, accelerator: Any) -> None:
         return
     if wanted is None or wanted == 0 or (isinstance(wanted, int) and wanted < -1):
         raise BadInputError(f"trainer.devices is {devices}; give how many GPUs, a list of their numbers, or -1 for all")
-    if not torch.cuda.is_available():
-        return
     there = torch.cuda.device_count()
+    if there == 0:
+        return
     if isinstance(wanted, int) and wanted > there:
         raise BadInputError(f"trainer.devices is {devices}, and {there} GPUs are seen here; give at most {there}, or -1 for all")
     if isinstance(wanted, list) and (len(set(wanted)) < len(wanted) or not all(0 <= one < there for one in wanted)):

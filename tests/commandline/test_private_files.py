@@ -36,8 +36,9 @@ def test_run_folder_and_export_are_not_world_writable(no_umask: None, tiny_confi
     options = ["--model.learning_rate", "1e30", "--trainer.max_steps", "9", "--skipped_steps.max_in_row", "2"]
     with pytest.raises(SystemExit):
         fit(tiny_config, "--trainer.default_root_dir", "broken", *options)
-    fit(tiny_config, "--trainer.default_root_dir", "run", "--data.cache_dir", "sample", "--trainer.val_check_interval", "2")
-    fit(tiny_config, "--trainer.default_root_dir", "run", "--data.cache_dir", "sample", "--trainer.val_check_interval", "2")  # the earlier one is moved aside
+    again = ["--trainer.default_root_dir", "run", "--data.cache_dir", "sample", "--trainer.val_check_interval", "2"]
+    fit(tiny_config, *again)
+    fit(tiny_config, *again)  # the earlier one is moved aside
     main(["validate", "--config", "run/config.yaml"])
     main(["predict", "--config", "run/config.yaml"])
     main(["export", "--run", "run", "--output", "model"])
