@@ -170,3 +170,10 @@ def test_a_network_far_beyond_the_gpu_is_refused_unless_its_weights_are_divided(
 def test_a_class_path_without_options_may_be_given_on_the_command_line(cli) -> None:
     with pytest.raises(AssertionError, match="the config was taken"):
         cli("fit", "--config", "cpu_tiny", "--trainer.strategy", TUNED)
+
+
+def test_a_window_longer_than_the_tokens_is_refused(cli, tmp_path: Path, finished_run: Path, sample_cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr("mmrec.commandline.preflight.check_memory", lambda config: None)
+    tokens = next(sample_cache.rglob("manifest.json")).parent
+    options = ["--data.source", "tokens", "--data.tokens_dir", str(tokens), "--data.seq_len", "100000000"]
+    assert wrong(cli, tmp_path, *options).startswith("data.seq_len=100000000 is more than the ")
