@@ -4,7 +4,7 @@ VENV ?= .venv
 JOBS ?= 2
 RUN = $(VENV)/bin/python -m
 
-.PHONY: install fit test lint test-oldest-triton test-gpu test-faults test-slurm bench docs clean
+.PHONY: install fit test lint test-oldest-triton test-gpu test-faults test-slurm audit bench docs clean
 
 install: $(VENV)/installed
 
@@ -43,6 +43,11 @@ test-faults: install
 # As root, with Debian's slurm-wlm and munge: a cluster of two nodes on this machine.
 test-slurm: install
 	OMP_NUM_THREADS=1 $(RUN) pytest -m slurm
+
+# Known faults of the versions in constraints.txt: by pip-audit where PyPI's or OSV's data can be reached, by known_bad_versions.csv anywhere.
+audit: install
+	$(PYTHON) -m venv build/audit && build/audit/bin/pip install --quiet --disable-pip-version-check pip-audit || true
+	$(RUN) mmrec.scripts.audit --pip-audit build/audit/bin/pip-audit
 
 bench: install
 	$(RUN) pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[bench]"

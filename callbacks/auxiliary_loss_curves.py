@@ -88,6 +88,13 @@ class AuxiliaryLossCurves(Callback):
         if self.histograms and self._diagnostics:
             for writer in summary_writers(trainer):
                 for name, tensor in self._diagnostics.items():
-                    writer.add_histogram(f"aux/by_layer/{name}", tensor.float().cpu(), step)
+                    _add_histogram(writer, f"aux/by_layer/{name}", tensor, step)
                 if losses is not None and pl_module.network.use_uboo:
-                    writer.add_histogram("aux/by_layer/loss", losses.auxiliary_by_layer.cpu(), step)
+                    _add_histogram(writer, "aux/by_layer/loss", losses.auxiliary_by_layer, step)
+
+
+def _add_histogram(writer: Any, name: str, tensor: Tensor, step: int) -> None:
+    """Write one, but of numbers that are not finite: TensorBoard's raises, and would end a run that SkippedSteps has more to say of."""
+    values = tensor.detach().float().cpu()
+    if values.isfinite().all():
+        writer.add_histogram(name, values, step)

@@ -1,5 +1,6 @@
 """RankWatch: of ranks that train together none goes on alone; the one that failed is named."""
 
+import math
 import os
 from datetime import timedelta
 from typing import Any
@@ -36,12 +37,12 @@ class RankWatch(Callback):
             dead_after_seconds: without a sign of life after which a rank counts as dead.
             hang_after_seconds: without progress after which a rank counts as hanging; 0: never.
         """
-        if interval_seconds <= 0:
+        if not 0 < interval_seconds < math.inf:
             raise ValueError(f"rank_watch.interval_seconds is {interval_seconds}; give a number above 0")
-        if dead_after_seconds < 3 * interval_seconds:
+        if not 3 * interval_seconds <= dead_after_seconds < math.inf:
             least = 3 * interval_seconds
             raise ValueError(f"rank_watch.dead_after_seconds is {dead_after_seconds}; give at least three intervals, {least:g}")
-        if hang_after_seconds < 0:
+        if not 0 <= hang_after_seconds < math.inf:
             raise ValueError(f"rank_watch.hang_after_seconds is {hang_after_seconds}; give seconds, or 0 for never")
         self.interval_seconds, self.dead_after_seconds, self.hang_after_seconds = interval_seconds, dead_after_seconds, hang_after_seconds
         self._monitor: RankMonitor | None = None

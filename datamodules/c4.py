@@ -102,7 +102,9 @@ class C4DataModule(PackedDataModule):
         if self.source == "sample":
             require_writable(self._cache, "cache folder of the built-in sample")
         elif self.source == "tokens":
-            self._manifest()
+            total = sum(int(shard["tokens"]) for shard in self._manifest()["splits"].get("train", {"shards": []})["shards"])
+            if total <= self.seq_len:
+                raise ValueError(f"data.seq_len={self.seq_len} is more than the {total:,} tokens of {self.tokens_dir}; give a smaller one")
         elif self.source == "local":
             train = resolve_files(self.train_files or [], "data.train_files")
             probe_files(train, "data.train_files", self.options.max_bad_line_share)

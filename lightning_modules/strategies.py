@@ -10,6 +10,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
+_LONGEST = 86_400 * 30  # seconds
+
 
 class TunedDDPStrategy(DDPStrategy):
     """Lightning's DDPStrategy with the options that matter here, none of which needs a config to name a function.
@@ -40,8 +42,12 @@ class TunedDDPStrategy(DDPStrategy):
             process_group_backend: None: NCCL on GPUs, gloo on a CPU.
             start_method: how the processes of a machine are started where no scheduler has done so.
         """
-        if timeout_seconds <= 0:
-            raise ValueError(f"trainer.strategy: timeout_seconds is {timeout_seconds}; give a number above 0")
+        if not 0 < timeout_seconds <= _LONGEST:
+            raise ValueError(f"trainer.strategy.timeout_seconds is {timeout_seconds}; give a number above 0, at most {_LONGEST}")
+        if bucket_cap_mb is not None and bucket_cap_mb < 1:
+            raise ValueError(f"trainer.strategy.bucket_cap_mb is {bucket_cap_mb}; give at least 1 MiB, or null for torch's")
+        if process_group_backend not in (None, "nccl", "gloo"):
+            raise ValueError(f"trainer.strategy.process_group_backend is {process_group_backend}; give nccl, gloo or null")
         options: dict[str, Any] = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
         if bucket_cap_mb is not None:
             options["bucket_cap_mb"] = bucket_cap_mb

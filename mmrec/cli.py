@@ -3,12 +3,15 @@
 Run it with `--help` for the list, and `COMMAND --help` for one of them.
 """
 
+import os
 import sys
 from collections.abc import Sequence
 
 from mmrec.commandline.commands import OUR_COMMANDS, chosen_command
 from mmrec.commandline.errors import one_line_errors
 from mmrec.stop_signals import keep_stop_signals
+
+WORLD_WRITABLE = 0o002  # which nothing that a command makes shall be, whatever the user's umask; processes that it starts inherit it
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -17,6 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: what follows the program's name; None: `sys.argv`.
     """
+    os.umask(os.umask(0) | WORLD_WRITABLE)
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     with one_line_errors():
         command = chosen_command(arguments)

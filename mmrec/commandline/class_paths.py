@@ -37,6 +37,11 @@ def restrict_class_paths() -> None:
     )
 
 
+def is_allowed(class_path: str) -> bool:
+    """Whether a config may name this class."""
+    return any(class_path.startswith(f"{package}.") for package in ALLOWED_PACKAGES)
+
+
 def imported_class(class_path: str) -> Any | None:
     """The class of that path if its module has been imported already, else None; imports nothing."""
     module, _, name = class_path.rpartition(".")

@@ -65,7 +65,7 @@ def find_config(name: str, beside: Path | None = None) -> Path:
     if not given.is_absolute() and ".." not in given.parts and overlay.is_file():
         return overlay
     if given.is_dir():
-        raise IsADirectoryError(f"config {name} is a folder, not a YAML file")
+        raise IsADirectoryError(f"config {name} is a folder; give a YAML file in it, or the name of a shipped config")
     folder = shipped_config_folder()
     others = [str(path.relative_to(folder).with_suffix("")) for path in sorted(folder.glob(f"*/*{SUFFIXES[0]}"))]
     folders = dict.fromkeys(f"{Path(other).parent}/" for other in others)
@@ -83,21 +83,26 @@ def read_config(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}") from error
+        raise ValueError(f"{path} is not UTF-8 text: byte {error.start} is {error.object[error.start]:#04x}; save it as UTF-8") from error
+    except OSError as error:
+        reason = (error.strerror or type(error).__name__).lower()
+        raise OSError(f"config {path} cannot be read: {reason}; give a file that can be") from error
     try:
         duplicate = next(_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader)), None)
         content = yaml.safe_load(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}") from error
+        raise ValueError(
+            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {error.problem or error.context}; correct it there"
+        ) from error
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}; correct it") from error
     if duplicate:
-        raise ValueError(f"{path}:{duplicate[1]}: key {duplicate[0]} is given twice")
+        raise ValueError(f"{path}:{duplicate[1]}: key {duplicate[0]} is given twice; take one out")
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise ValueError(f"{path}: expected a mapping of names to values at the top")
+        raise ValueError(f"{path}: expected a mapping of keys to values at the top, as in `trainer: {{max_steps: 10}}`")
     return content
 
 
@@ -124,7 +129,7 @@ def config_layers(name: str, beside: Path | None = None, _above: tuple[Path, ...
     """
     path = find_config(name, beside)
     if path.resolve() in _above:
-        raise ValueError(f"{_above[-1]}: base {name} leads back to itself")
+        raise ValueError(f"{_above[-1]}: base {name} leads back to itself; take it out")
     content = read_config(path)
     bases = content.pop("base", [])
     bases = [bases] if isinstance(bases, str) else bases

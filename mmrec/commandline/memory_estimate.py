@@ -54,8 +54,9 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
     Raises:
         ValueError: a network that cannot be built.
     """
-    trainer, data = content.get("trainer") or {}, (content.get("data") or {}).get("init_args") or {}
-    config = MMRecConfig(**((content.get("model") or {}).get("network") or {}))
+    trainer, data = _group(content, "trainer"), content.get("data")
+    data = _group(data, "init_args") if isinstance(data, Mapping) else {}  # else the name of a class, with its own sizes
+    config = MMRecConfig(**_group(_group(content, "model"), "network"))
     with torch.device("meta"):
         network = MMRecModel(config)
     parameters = network.num_parameters()
@@ -80,6 +81,13 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step if steps > 0 else None,
     )
+
+
+def _group(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    group = content.get(key) or {}
+    if not isinstance(group, Mapping):
+        raise ValueError(f"{key}: expected a mapping of keys to values, got {group!r}")
+    return group
 
 
 def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:

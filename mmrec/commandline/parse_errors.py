@@ -32,6 +32,9 @@ _NO_CLASS = re.compile(r"(?:Expected a dot import path string|No class named|Une
 _NUMBER_NAMES = {"PositiveInt": "a whole number above 0", "NonNegativeInt": "a whole number from 0"}
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[(?P<values>.*)\]")
 
+_NO_MAPPING = re.compile(r"Unable to load config '(?P<value>[^']*)'")
+_RAISED = re.compile(r"^\s*- (?P<message>[\w.]+ is .*; give .*)$", re.MULTILINE)  # by a class of ours, which names its key
+
 _CHECKPOINT = ("resume", "resume_from_checkpoint", "resume_from", "checkpoint")  # what other programs call it
 _GONE = ("planning_horizon",)  # configs that earlier runs saved have it
 
@@ -67,7 +70,10 @@ def one_line(message: str, known_keys: Iterable[str] = (), known_classes: Mappin
     if message.startswith("unrecognized arguments:"):
         return f"{message.strip()}; options start with -- and are spelled out"
     if match := _MISSING.match(message.strip()):
-        return f"missing {', '.join(f'--{name}' for name in match['names'].split(', '))}"
+        names = [name.removeprefix(f"{command}.") for name in match["names"].split(", ") for command in [name.partition(".")[0]]]
+        return f"missing {', '.join(f'--{name}' for name in names)}; give it a value"
+    if match := _RAISED.search(message):
+        return match["message"]
     return _reduce(message, _Context((), None, keys, known_classes or {}))
 
 
@@ -181,10 +187,12 @@ def _leaf(message: str, context: _Context) -> str:
         return f"{prefix}{match['module']} has no class {match['name']}{did_you_mean(nearest_name(match['name'], names, cutoff=0.5))}"
     if match := _NO_CLASS.search(text):
         nearest = nearest_name(match["name"], known_classes, cutoff=0.5)
-        few = f"; known are {', '.join(known_classes)}" if 0 < len(known_classes) < 9 and not nearest else ""
-        return f"{prefix}no class {match['name']}{did_you_mean(nearest)}{few}"
+        few = f"; choose one of {', '.join(known_classes)}" if 0 < len(known_classes) < 9 else "; give its full class path"
+        return f"{prefix}no class {match['name']}{did_you_mean(nearest) or few}"
     if match := _MISSING.search(text):
         return f"{prefix}{context.class_path or 'the class'} needs {match['names']}"
+    if match := _NO_MAPPING.search(text):
+        return f"{prefix}expected a mapping of keys to values, got {match['value']}"
     if match := _NUMBER.search(text):
         return f"{prefix}expected {_NUMBER_NAMES.get(match['type'], match['type'])}, got {_short(match['value'])}"
     if match := _GOT.match(text):

@@ -2,16 +2,19 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from lightning_modules.checks import check_hyperparameters, check_vocabulary
 from lightning_modules.mm_rec_module import SUPPORTED_PRECISIONS
+from lightning_modules.optimizers import import_torchao
 from mmrec.commandline.checkpoints import require_fitting_checkpoint
 from mmrec.commandline.class_paths import imported_class
 from mmrec.commandline.errors import BadInputError
+from mmrec.commandline.memory_check import check_memory
+from mmrec.commandline.trainer_checks import check_trainer
 from mmrec.config import MMRecConfig
 
 
@@ -20,6 +23,16 @@ def require_groups(config: Namespace, keys: Sequence[str]) -> None:
     for key in keys:
         if key in config and not isinstance(config[key], Namespace | Mapping):
             raise BadInputError(f"{key}: expected a mapping of keys to values, got {config[key]!r}")
+
+
+def require_values(config: Namespace, parser: ArgumentParser) -> None:
+    """Raise BadInputError where a key was given null that takes none: jsonargparse lets any be null in a file."""
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        if hint is None or action.dest not in config or config[action.dest] is not None:
+            continue
+        if action.default is not None and type(None) not in get_args(hint):
+            raise BadInputError(f"{action.dest} is null; give a value, or leave the key out for {action.default}")
 
 
 def check_before_building(config: Namespace, checkpoint: Path | None, fitting: bool) -> None:
@@ -41,9 +54,14 @@ def check_before_building(config: Namespace, checkpoint: Path | None, fitting: b
     precision = config.trainer.precision
     if precision is not None and _full_precision_name(precision) not in SUPPORTED_PRECISIONS:
         raise BadInputError(f"trainer.precision: {precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
+    check_trainer(config)
     if fitting and config.trainer.max_steps < 1 and config.model.decay_steps is None:
         raise BadInputError("trainer.max_steps: the run has no end; give the number of optimiser steps")
     require_device(config.trainer.accelerator)  # before the data: who has no GPU here need not prepare any
+    if fitting:
+        check_memory(config)
+        if config.model.optimizer != "adamw":
+            import_torchao(f"model.optimizer={config.model.optimizer}")
     data = build_data_module(config.data)
     if hasattr(data, "check"):
         data.check()

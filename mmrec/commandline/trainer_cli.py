@@ -43,11 +43,13 @@ from mmrec.commandline.commands import OUR_COMMANDS, TRAINER_COMMANDS
 from mmrec.commandline.configs import shipped_configs
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.library_warnings import ignore_known_warnings
+from mmrec.commandline.parse_errors import one_line
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
-from mmrec.commandline.preflight import check_before_building, require_groups
+from mmrec.commandline.preflight import check_before_building, require_groups, require_values
 from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.commandline.stopping import leave_if_stopped, leave_signals_to_children
+from mmrec.commandline.trainer_checks import strategy_of
 from mmrec.files import replacing, write_atomically
 
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
@@ -213,6 +215,10 @@ class RunCLI(LightningCLI):
         """Settle the run folder and the checkpoint, and check everything that can be checked without building."""
         config, fitting = self.run_config, self.config["subcommand"] == "fit"
         require_groups(config, ["trainer", "model", "model.network", "data", *CONFIGURABLE_CALLBACKS, "preemption"])
+        listed = self.parser._subcommands_action
+        assert listed is not None  # made with the parser
+        require_values(config, listed.choices[self.config["subcommand"]])
+        config.trainer.strategy = strategy_of(config.trainer.strategy)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(default_root(self._config_names))
         self.folder = RunFolder(Path(config.trainer.default_root_dir))
@@ -240,7 +246,12 @@ class RunCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Data, module, Trainer; Lightning's own calls what jsonargparse has deprecated."""
-        self.config_init = self.parser.instantiate(self.config)
+        try:
+            self.config_init = self.parser.instantiate(self.config)
+        except ValueError as error:  # that a class raised; jsonargparse wraps it where its key takes other types as well
+            if "Union subtypes" not in str(error):
+                raise
+            raise BadInputError(one_line(str(error))) from error
         self.datamodule, self.model = self.config_init[self.subcommand]["data"], self.config_init[self.subcommand]["model"]
         self.trainer = self.instantiate_trainer()
 
@@ -257,8 +268,15 @@ class RunCLI(LightningCLI):
         config["plugins"] = plugins
         try:
             return self._instantiate_trainer(config, self._our_callbacks(config))
-        except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:  # an unknown strategy, no such device
+        except (ValueError, ModuleNotFoundError, MisconfigurationException) as error:  # what does not go together
             raise BadInputError(f"trainer: {error}") from error
+        except RuntimeError as error:
+            if "more than one stateful callback" not in str(error):
+                raise
+            name = str(error).partition("`")[2].partition("`")[0]
+            raise BadInputError(
+                f"trainer.callbacks: there is a {name} already; take one out, or change its options by its own key"
+            ) from error
 
     def _tensorboard(self) -> TensorBoardLogger:
         folder, purge_step = self.folder, None

@@ -138,12 +138,15 @@ def target_statistics(target_BTE: Tensor, counted_BT: Tensor, max_tokens: int = 
         max_tokens: how many of them, at the most, are looked at.
 
     Returns:
-        Two 0-dim fp32 tensors.
+        Two 0-dim fp32 tensors; NaN where a token's target is not finite.
     """
     tokens = target_BTE.detach()[counted_BT][:max_tokens].float()
     if tokens.shape[0] < 2:
         return tokens.new_zeros(()), tokens.new_ones(())
     centred = tokens - tokens.mean(0)
-    singular = torch.linalg.svdvals(centred)
+    finite = centred.isfinite().all()
+    # LAPACK raises on numbers that are not finite, and would end a run before it can say what is wrong with it.
+    singular = torch.linalg.svdvals(torch.where(finite, centred, 0.0))
     share = singular / singular.sum().clamp(min=torch.finfo(singular.dtype).tiny)
-    return centred.square().mean(), torch.special.entr(share).sum().exp()
+    rank = torch.special.entr(share).sum().exp()
+    return centred.square().mean(), torch.where(finite, rank, torch.nan)

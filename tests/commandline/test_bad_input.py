@@ -23,7 +23,7 @@ OPTIONS = {
     ("--trainer.precision", "bf17"): "; did you mean bf16?",
     ("--trainer.precision", "16-mixed"): "trainer.precision: 16-mixed is not supported; choose one of 32-true,",
     ("--trainer.max_steps", "-1"): "trainer.max_steps: the run has no end; give the number of optimiser steps",
-    ("--trainer.strategy", "fsdp3"): "trainer: You selected an invalid strategy name: `strategy='fsdp3'`",
+    ("--trainer.strategy", "fsdp3"): "trainer.strategy: no strategy fsdp3; did you mean fsdp?",
     ("--checkpoint_every", "0"): "checkpoint_every: expected a whole number above 0, got 0",
     ("--checkpoint_keep", "-1"): "checkpoint_keep: expected a whole number from 0, got -1",
     ("--checkpoint_async", "maybe"): "checkpoint_async: expected bool, got maybe",

@@ -108,8 +108,8 @@ def test_bases_are_merged_first_and_found_beside_the_file(tmp_path: Path) -> Non
         ("base: nowhere\n", "no config nowhere"),
         ("trainer:\n  max_steps: 3\n  max_steps: 4\n", "x.yaml:3: key trainer.max_steps is given twice"),
         ("trainer: [\n", "x.yaml:2: not valid YAML: "),
-        ("- a\n", "x.yaml: expected a mapping of names to values at the top"),
-        ("text\n", "x.yaml: expected a mapping of names to values at the top"),
+        ("- a\n", "x.yaml: expected a mapping of keys to values at the top"),
+        ("text\n", "x.yaml: expected a mapping of keys to values at the top"),
         (b"\xff\xfe", "x.yaml is not UTF-8 text: byte 0 is 0xff"),
     ],
 )

@@ -74,6 +74,12 @@ def test_normalized_form_regresses_on_a_fixed_random_projection() -> None:
     assert_same(a.square().mean(-1), torch.ones(5))
 
 
+def test_target_statistics_of_a_broken_network_are_nan_and_raise_nothing() -> None:
+    target = torch.randn(2, 8, 4)
+    target[1, 3, 2] = torch.inf
+    assert all(value.isnan() for value in uboo.target_statistics(target, torch.ones(2, 8, dtype=torch.bool)))
+
+
 def test_target_statistics_show_a_collapse() -> None:
     counted = torch.ones(4, 50, dtype=torch.bool)
     healthy = torch.randn(4, 50, 16)

@@ -104,5 +104,5 @@ def test_a_config_can_give_every_option() -> None:
 
 
 def test_a_timeout_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^trainer\.strategy: timeout_seconds is 0; give a number above 0$"):
+    with pytest.raises(ValueError, match=r"^trainer\.strategy\.timeout_seconds is 0; give a number above 0, at most 2592000$"):
         TunedDDPStrategy(timeout_seconds=0)

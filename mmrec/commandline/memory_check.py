@@ -1,0 +1,66 @@
+"""Whether the memory that a run needs at the very least can be there at all, said before it is asked for."""
+
+import os
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from mmrec.commandline.errors import BadInputError
+from mmrec.commandline.memory_estimate import Estimate, estimate
+
+_GIB = 1024**3
+_MOST_LAYERS = 64  # that are laid out to be counted; beyond, one more layer is as large as those are in the mean
+_ROUGH = 2.0  # activations are an estimate: only a run that would not fit with half of it is refused
+
+
+def check_memory(config: Namespace) -> None:
+    """Raise BadInputError where weights, gradients and optimiser, or twice too many activations, exceed a device's memory.
+
+    Strategies that divide the weights among the ranks (FSDP and its like) are let pass.
+    """
+    if _is_divided(config.trainer.strategy):
+        return
+    device, there = _memory(config.trainer.accelerator)
+    try:
+        needed = _estimate(config)
+    except RuntimeError:  # sizes beyond 64 bits
+        raise BadInputError("model.network: its sizes are beyond what any machine holds; give a smaller model_dim or num_layers") from None
+    moments = needed.optimizer
+    if config.model.optimizer == "adamw_8bit":
+        moments = moments // (2 if needed.precision == "bf16-true" else 4)
+    kept = needed.weights + needed.gradients + moments
+    parts = f"weights, gradients and optimiser take {kept / _GIB:,.1f} GiB, {device} has {there / _GIB:,.1f}"
+    if kept > there:
+        remedy = "give a smaller model.network.model_dim or num_layers, or a trainer.strategy that divides them"
+        raise BadInputError(f"model.network does not fit: {parts}; {remedy}")
+    if kept + needed.activations > _ROUGH * there:
+        batch = f"data.batch_size × data.seq_len takes about {needed.activations / _GIB:,.0f} GiB"
+        raise BadInputError(f"{batch}, {device} has {there / _GIB:,.1f}; give a smaller batch and trainer.accumulate_grad_batches")
+
+
+def _is_divided(strategy: Any) -> bool:
+    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
+    return not any(kind in name.lower() for kind in ("auto", "ddp", "single"))
+
+
+def _memory(accelerator: Any) -> tuple[str, int]:
+    """Name and bytes of what the network will lie in; of the machine, where that is no CUDA device."""
+    if accelerator != "cpu" and torch.cuda.device_count() > 0:
+        return "a GPU here", torch.cuda.get_device_properties(0).total_memory
+    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _estimate(config: Namespace) -> Estimate:
+    network = config.model.network.as_dict()
+    given = getattr(config.data, "init_args", None) or Namespace()
+    data = {name: given[name] for name in ("batch_size", "seq_len") if given.get(name) is not None}
+    trainer = {"precision": config.trainer.precision or "32-true"}
+    layers = network["num_layers"]
+    content = {"trainer": trainer, "data": {"init_args": data}, "model": {"network": {**network, "num_layers": min(layers, _MOST_LAYERS)}}}
+    needed = estimate("", content)
+    if layers <= _MOST_LAYERS:
+        return needed
+    times = layers / _MOST_LAYERS
+    sizes = {name: int(getattr(needed, name) * times) for name in ("weights", "gradients", "optimizer", "activations")}
+    return Estimate(**{**needed.__dict__, **sizes})
