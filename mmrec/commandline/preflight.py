@@ -8,11 +8,16 @@ import torch
 from jsonargparse import Namespace
 
 from lightning_modules.checks import check_hyperparameters, check_vocabulary
+from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from lightning_modules.mm_rec_module import SUPPORTED_PRECISIONS
+from lightning_modules.sharding import check_shardable
 from mmrec.commandline.checkpoints import require_fitting_checkpoint
 from mmrec.commandline.class_paths import imported_class
 from mmrec.commandline.errors import BadInputError
 from mmrec.config import MMRecConfig
+
+SHARDING = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__qualname__}"
+GRADIENTS_KEY = "auxiliary_curves.gradients_every_n_steps"
 
 
 def require_groups(config: Namespace, keys: Sequence[str]) -> None:
@@ -41,6 +46,8 @@ def check_before_building(config: Namespace, checkpoint: Path | None, fitting: b
     precision = config.trainer.precision
     if precision is not None and _full_precision_name(precision) not in SUPPORTED_PRECISIONS:
         raise BadInputError(f"trainer.precision: {precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
+    if fitting:
+        check_strategy(config)
     if fitting and config.trainer.max_steps < 1 and config.model.decay_steps is None:
         raise BadInputError("trainer.max_steps: the run has no end; give the number of optimiser steps")
     require_device(config.trainer.accelerator)  # before the data: who has no GPU here need not prepare any
@@ -50,6 +57,17 @@ def check_before_building(config: Namespace, checkpoint: Path | None, fitting: b
     check_vocabulary(getattr(data, "vocab_size", None), network.vocab_size)
     if checkpoint is not None:
         require_fitting_checkpoint(checkpoint, network)
+
+
+def check_strategy(config: Namespace) -> None:
+    """Raise ValueError where a run's other settings do not fit weights in shards."""
+    strategy = config.trainer.strategy
+    if not (isinstance(strategy, Namespace) and strategy.get("class_path") == SHARDING):
+        return
+    check_shardable(config.model.as_dict())
+    curves = "auxiliary_curves" in config and "auxiliary_curves" not in (config.get("disable_callbacks") or [])
+    if curves and config.model.network.use_uboo and config.auxiliary_curves.gradients_every_n_steps > 0:
+        raise BadInputError(f"{GRADIENTS_KEY}: gradients of weights in shards cannot be compared; set it to 0 with FSDP2Strategy")
 
 
 def require_device(accelerator: Any) -> None:
