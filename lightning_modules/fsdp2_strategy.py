@@ -6,12 +6,13 @@ from datetime import timedelta
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.optim import Optimizer
 
 from lightning_modules.sharded_states import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 from lightning_modules.sharding import average_gradients, check_shardable, is_sharded, shard_network, wide_parameters
 
+NAME = "fsdp2"  # as trainer.strategy takes it, without options
 _DTYPES = {"full": None, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -157,3 +158,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Also the checkpoint IO's, which Lightning's own leaves out: a write may be under way."""
         super().teardown()
         self.checkpoint_io.teardown()
+
+
+StrategyRegistry.register(NAME, FSDP2Strategy, description="weights, gradients and moments in shards", override=True)

@@ -52,12 +52,14 @@ def configure(module: Any) -> None:
     Raises:
         ValueError: for a strategy that would have divided the network otherwise: it would train without summing gradients.
     """
+    if module._trainer is None:  # made from a checkpoint
+        return
     strategy = module.trainer.strategy
     if hasattr(strategy, "shard"):
         strategy.shard(module)
     elif isinstance(strategy, ParallelStrategy) and not isinstance(strategy, DDPStrategy):
         name = type(strategy).__name__
-        raise ValueError(f"trainer.strategy: {name} does not fit this module; give lightning_modules.fsdp2_strategy.FSDP2Strategy, or ddp")
+        raise ValueError(f"trainer.strategy: {name} does not fit this module; give fsdp2, or ddp")
 
 
 def check_gradient_curves(network: nn.Module) -> None:
