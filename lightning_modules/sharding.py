@@ -42,7 +42,7 @@ def check_shardable(hparams: Mapping[str, Any]) -> None:
     """Raise ValueError for the first of the training module's hyperparameters that cannot be meant with shards."""
     if hparams["cuda_graph"]:
         raise ValueError(
-            "model.cuda_graph: weights in shards, gathered and forgotten, fit no CUDA graph; set it to false with FSDP2Strategy"
+            "model.cuda_graph: weights in shards fit no CUDA graph; set it to false with FSDP2Strategy"
         )
 
 
