@@ -41,9 +41,7 @@ def shard_network(network: Any, mesh: DeviceMesh, reduce_dtype: torch.dtype | No
 def check_shardable(hparams: Mapping[str, Any]) -> None:
     """Raise ValueError for the first of the training module's hyperparameters that cannot be meant with shards."""
     if hparams["cuda_graph"]:
-        raise ValueError(
-            "model.cuda_graph: weights in shards fit no CUDA graph; set it to false with FSDP2Strategy"
-        )
+        raise ValueError("model.cuda_graph: weights in shards fit no CUDA graph; set it to false with FSDP2Strategy")
 
 
 def configure(module: Any) -> None:
