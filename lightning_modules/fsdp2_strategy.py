@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.sharded_states import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 from lightning_modules.sharding import average_gradients, check_shardable, is_sharded, shard_network, wide_parameters
+from mmrec.files import read_checkpoint
 
 NAME = "fsdp2"  # as trainer.strategy takes it, without options
 _DTYPES = {"full": None, "bf16": torch.bfloat16, "fp32": torch.float32}
@@ -141,8 +142,9 @@ class FSDP2Strategy(ModelParallelStrategy):
         return whole_optimizer_state(getattr(optimizer, "optimizer", optimizer))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """What the file holds, by the checkpoint IO, on each rank."""
-        return self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path), weights_only=True)
+        """What the file holds, mapped into memory: each rank reads its rows, and a host holds no copy a rank. Never runs what is in it."""
+        found: dict[str, Any] = read_checkpoint(self.broadcast(checkpoint_path), mmap=True)
+        return found
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each rank its rows; the module has compared names and shapes in `on_load_checkpoint`."""

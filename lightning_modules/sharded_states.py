@@ -101,8 +101,10 @@ def _own_rows(whole: Tensor, like: DTensor) -> Tensor:
 
 
 def _shard(value: Any, parameter: Tensor) -> Any:
-    if not isinstance(value, Tensor) or not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+    if not isinstance(value, Tensor):
         return value
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value.to(value.device, copy=True)  # a file may be mapped there
     local = _own_8_bit(value, parameter) if is_8_bit(value) else _own_rows(value, parameter)
     return _like(local, parameter)
 

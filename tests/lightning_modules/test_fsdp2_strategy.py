@@ -1,5 +1,9 @@
 """Weights in shards train as whole ones do, and a checkpoint is the same file with them and without."""
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +15,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from ranks import run_ranks, train_on_ranks
 
 from lightning_modules.fsdp2_strategy import FSDP2Strategy
+from mmrec.commandline.command_export import run as export
 
 # As in test_strategies.py: rounding must not decide.
 MODEL = {"eps": 1e-3, "learning_rate": 1e-3, "network": {"planning_loss": "normalized"}}
@@ -147,6 +152,29 @@ def test_from_shards_to_one_process_and_back(one_rank: dict[str, Any], two_ranks
             assert float((found["after"][0][name] - value).abs().max()) <= 1e-4 * scale, name
 
 
+def save_again(source: Path, folder: Path) -> None:
+    """Take up a checkpoint in shards and write another, with no step between."""
+    trainer = fault_run.train(options(folder, 2, devices=2, resume=source, checkpoint_every=99))
+    trainer.save_checkpoint(folder / "again.ckpt")
+
+
+def test_through_shards_and_back_nothing_changes(one_rank: dict[str, Any], tmp_path: Path) -> None:
+    """Weights, as they are exported, and moments, to the bit."""
+    source = one_rank["folder"] / "checkpoints" / "last.ckpt"
+    assert run_ranks(save_again, 2, source, tmp_path) == [0, 0]
+    before, after = (torch.load(path, weights_only=True) for path in (source, tmp_path / "again.ckpt"))
+    assert before["global_step"] == after["global_step"] == STEPS
+    for name, value in before["state_dict"].items():
+        assert torch.equal(after["state_dict"][name], value), name
+    for index, own in before["optimizer_states"][0]["state"].items():
+        for name, value in own.items():
+            assert torch.equal(after["optimizer_states"][0]["state"][index][name], value), name
+    for path, folder in ((source, "from"), (tmp_path / "again.ckpt", "through")):
+        export(["--ckpt_path", str(path), "--output", str(tmp_path / folder)])
+    exported = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("from", "through")]
+    assert exported[0] == exported[1]
+
+
 @pytest.mark.parametrize("name", ["adamw_8bit", "adamw_bf16"])
 def test_lean_moments_travel_too(name: str, tmp_path: Path) -> None:
     """From shards to shards to the bit, and to one process, whose moments are the same numbers."""
@@ -166,6 +194,32 @@ def test_lean_moments_travel_too(name: str, tmp_path: Path) -> None:
     assert all(torch.equal(resumed["last"][key], value) for key, value in whole["last"].items())
     fault_run.train(options(tmp_path / "one", 1, resume=second, **changes))
     assert fault_run.results(tmp_path / "one", 1)[0]["losses"] == pytest.approx(whole["losses"][2:], rel=1e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("precision", "optimizer"), [("32-true", "adamw"), ("bf16-mixed", "adamw"), ("bf16-true", "adamw_8bit")])
+def test_the_same_over_nccl(precision: str, optimizer: str, tmp_path: Path) -> None:
+    """Two GPUs against one, also where a run goes on from the shards' checkpoint; the blocks overwrite their streams there."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    network = {"planning_loss": "normalized", "model_dim": 128, "num_heads": 2, "ffn_dim": 128, "activation_checkpointing": "selective"}
+    model = MODEL | {"network": network, "optimizer": optimizer, "decay_steps": 8}
+
+    def train(name: str, gpus: int, **changes: Any) -> list[float]:
+        given = options(tmp_path / name, gpus, model=model, precision=precision, max_steps=6, checkpoint_every=3, weights=False, **changes)
+        given |= {"folder": str(given["folder"]), "accelerator": "gpu", "devices": gpus}
+        script = Path(fault_run.__file__)
+        environment = os.environ | {"PYTHONPATH": str(script.parents[1])}
+        subprocess.run([sys.executable, str(script), json.dumps(given)], env=environment, check=True, timeout=300)
+        return fault_run.results(tmp_path / name, gpus)[0]["losses"]
+
+    limit = 1e-5 if precision == "32-true" else 1e-2
+    one, two = train("one", 1), train("two", 2)
+    assert two == pytest.approx(one, rel=limit)
+    (third,) = (tmp_path / "two" / "checkpoints").glob("step=000003-*.ckpt")
+    assert train("resumed", 2, resume=str(third)) == pytest.approx(two[3:], rel=limit)
+    assert train("alone", 1, resume=str(third)) == pytest.approx(two[3:], rel=limit)
 
 
 # ---- what it refuses
