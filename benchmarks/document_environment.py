@@ -40,14 +40,17 @@ class Card(NamedTuple):
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141, 192)  # GB of GPUs that are sold
 
 
-def _card(need: float, why: str) -> Card:
-    return Card(next(size for size in CARDS if size >= needs.ALLOCATOR * need), why)
+def _card(need: float, why: str, allocator: float = needs.ALLOCATOR) -> Card:
+    return Card(next(size for size in CARDS if size >= allocator * need), why)
 
 
 def gpu_for_training() -> Card:
     """For the founding document's 7B, as shipped."""
     need = _estimate_7b().total / 1e9
-    return _card(need, f"`configs` estimates {need:.1f} GB of `{CONFIG_7B}`, BF16 with 16-bit moments; the allocator adds up to 15 %")
+    why = (
+        f"`configs` estimates {need:.1f} GB of `{CONFIG_7B}`, BF16 with 8-bit moments, whose batch fills it; the allocator adds 5 % or more"
+    )
+    return _card(need, why, needs.LEAST_ALLOCATOR)
 
 
 def gpu_for_decoding() -> Card:

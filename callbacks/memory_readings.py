@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from callbacks.shards import local_part
 from mmrec.measuring.meters import MIB
 
 
@@ -17,7 +19,9 @@ def storages(tensors: Iterable[Tensor | None]) -> dict[int, int]:
     for tensor in tensors:
         if tensor is None:
             continue
-        if is_traceable_wrapper_subclass(tensor):
+        if isinstance(tensor, DTensor):
+            found |= storages([local_part(tensor)])
+        elif is_traceable_wrapper_subclass(tensor):
             found |= storages(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
         else:
             storage = tensor.untyped_storage()

@@ -14,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from callbacks.shards import largest
 from mmrec.checkpoint_files import BEST, DAMAGED_SUFFIX, LAST, best_copies, best_name, copies, copy_name
 from mmrec.files import link_or_copy, remove_leftovers, require_writable
 
@@ -250,9 +251,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _mean_loss(self, trainer: Trainer, pl_module: Any) -> float:
         loss = getattr(pl_module, "last_taken_loss", None)
-        weights = [parameter.detach() for parameter in pl_module.parameters()]
-        largest = torch.stack([norm.float() for norm in torch._foreach_norm(weights, float("inf"))]).amax()
-        values = torch.stack([torch.zeros_like(largest) if loss is None else loss.float(), largest])
+        weight = largest(list(pl_module.parameters()))
+        values = torch.stack([torch.zeros_like(weight) if loss is None else loss.float(), weight])
         mean = trainer.strategy.reduce(values, reduce_op="mean").tolist()
         for name, value in zip(("loss", "largest weight"), mean, strict=True):
             if not math.isfinite(value):

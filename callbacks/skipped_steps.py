@@ -3,13 +3,13 @@
 import math
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
 from callbacks.batch_text import save_batches
 from callbacks.late_steps import LateSteps, StepRecord
 from callbacks.scalars import is_log_step, log_scalars
+from callbacks.shards import is_finite
 
 
 class SkippedSteps(LateSteps):
@@ -72,8 +72,8 @@ def diagnosis(module: nn.Module) -> str:
     Of the gradients the one nearest to the loss is named: the backward pass came to it first.
     """
     named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    weights = [name for name, parameter in named if not _is_finite(parameter)]
-    gradients = [name for name, parameter in named if parameter.grad is not None and not _is_finite(parameter.grad)]
+    weights = [name for name, parameter in named if not is_finite(parameter)]
+    gradients = [name for name, parameter in named if parameter.grad is not None and not is_finite(parameter.grad)]
     if weights:
         fault = f"{len(weights)} of {len(named)} weights are not finite, the first {weights[0]}"
         return f"{fault}; resume from the last checkpoint with a lower model.learning_rate"
@@ -84,7 +84,3 @@ def diagnosis(module: nn.Module) -> str:
     else:
         fault = f"all weights are finite; {len(gradients)} of {len(named)} gradients are not, the first on the way back {gradients[-1]}"
     return f"{fault}; look at the batches in batches/, then resume with --ckpt_path last and a lower model.learning_rate or other data"
-
-
-def _is_finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.linalg.vector_norm(tensor.detach(), float("inf")).isfinite())

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
+from torchao.optim.adam import single_param_adam
 
 from mmrec.measuring.late_values import LateValues
 from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, step_numbers, step_seed
@@ -19,7 +20,7 @@ from mmrec.ops.registration import runs_kernel
 
 
 class FusedAdamW8bit(AdamW8bit):
-    """`torchao.optim.AdamW8bit`, one kernel a tensor where Triton runs; its own step elsewhere.
+    """`torchao.optim.AdamW8bit`, one kernel a tensor where Triton runs; its own step elsewhere. In shards, each rank steps what it has.
 
     Attributes:
         grad_scale: 0-dim fp32 that kernels divide gradients by, as torch's fused optimisers do, but without changing `.grad`; None:
@@ -41,7 +42,8 @@ class FusedAdamW8bit(AdamW8bit):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step over all parameters that have a gradient; nothing waits for what this step has on the device."""
-        if not self.divides_gradients():
+        kernels = self.divides_gradients()
+        if not kernels and not any(isinstance(p, DTensor) for group in self.param_groups for p in group["params"]):
             return super().step(closure)
         loss = None
         if closure is not None:
@@ -60,6 +62,11 @@ class FusedAdamW8bit(AdamW8bit):
                 state["step"] += 1
                 counts.append(state["step"])
                 weight, gradient = _local(parameter), _local(parameter.grad)
+                if not weight.numel():  # more ranks than rows
+                    continue
+                if not kernels:
+                    self._step_of_shard(group, weight, gradient, state)
+                    continue
                 where = weight.device
                 key = (index, int(state["step"].item()), where)
                 if key not in scalars:
@@ -79,6 +86,13 @@ class FusedAdamW8bit(AdamW8bit):
         if self.found_inf is not None:
             self._counted = LateValues(self.found_inf), counts
         return loss
+
+    def _step_of_shard(self, group: dict[str, Any], weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
+        """torchao's own step of what this rank holds; of shards as such torch 2.13 cannot compile it, with moments of 8 bits."""
+        stochastic = self.bf16_stochastic_round and weight.dtype is torch.bfloat16
+        moments = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        numbers = group["lr"], *group["betas"], group["weight_decay"], group["eps"]
+        single_param_adam(weight, gradient, state["step"], *moments, None, *numbers, True, stochastic)
 
     def _settle(self) -> None:
         """Take the latest step's count back where it was skipped."""

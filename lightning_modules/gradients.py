@@ -1,10 +1,11 @@
 """Norms of gradients, clipping, and how the auxiliary loss's gradient stands to the main one's."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
@@ -16,7 +17,22 @@ _NORM_EPS = 1e-6  # as torch's `clip_grads_with_norm_` has it
 
 
 def total_norm(tensors: list[Tensor]) -> Tensor:
-    """‖·‖₂ of all `tensors` as one vector, 0-dim; summed in fp32 or wider, since a bf16 sum of squares loses percents."""
+    """‖·‖₂ of all `tensors` as one vector, 0-dim; summed in fp32 or wider, since a bf16 sum of squares loses percents.
+
+    Of tensors in shards it is the norm over all ranks, in one collective; those that are whole count once.
+    """
+    shards = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
+    norm = _plain_norm([tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in shards or tensors])
+    if not shards:
+        return norm
+    squares = norm.double().square()
+    dist.all_reduce(squares, group=shards[0].device_mesh.get_group())
+    if whole := [tensor for tensor in tensors if not isinstance(tensor, DTensor)]:
+        squares += _plain_norm(whole).double().square()
+    return squares.sqrt().to(norm.dtype)
+
+
+def _plain_norm(tensors: Sequence[Tensor]) -> Tensor:
     dtypes = dict.fromkeys(tensor.dtype for tensor in tensors)  # in a fixed order: the sum's rounding depends on it
     wide = torch.promote_types(torch.float32, max(dtypes, key=lambda dtype: torch.finfo(dtype).bits))
     norms: list[Tensor] = []
@@ -47,8 +63,6 @@ def clip_gradients(optimizer: Optimizer, clip_val: float | None, algorithm: str 
     if not parameters:
         return None
     norm = total_norm([p.grad for p in parameters if p.grad is not None])
-    if isinstance(norm, DTensor):  # of shards: the norm of all of them
-        norm = norm.full_tensor()
     if skip_unless_finite(optimizer, parameters, norm):
         return norm
     if clip_val and algorithm == "value":

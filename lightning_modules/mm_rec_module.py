@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
 from callbacks.scalars import is_log_step, log_scalars
+from lightning_modules import sharding
 from lightning_modules.checks import check_batch_form, check_checkpoint_shapes, check_hyperparameters, check_token_range, check_vocabulary
 from lightning_modules.compilation import compile_blocks
 from lightning_modules.float8 import check_float8, check_float8_batch, convert_to_float8
@@ -31,27 +32,12 @@ from lightning_modules.optimizers import (
 from lightning_modules.parameter_groups import parameter_groups
 from lightning_modules.schedules import linear_change, warmup_cosine
 from lightning_modules.skipping import give_gradients_back, loss_of_step_taken, spoiled_unless_finite
+from lightning_modules.step_losses import StepLosses
 from mmrec.config import MMRecConfig
 from mmrec.model import LossOutput, MMRecModel
 
 SUPPORTED_PRECISIONS = ("32-true", "64-true", "bf16-mixed", "bf16-true")
 FIRST_BATCHES_CHECKED = 2  # on a device where looking at the ids means waiting for it
-
-
-class StepLosses(NamedTuple):
-    """Losses of one optimiser step, averaged over its micro-batches and all ranks.
-
-    Attributes:
-        step: optimiser steps taken before this one.
-        loss, main, auxiliary: 0-dim fp32; `auxiliary` is scaled by λ_P, `loss` is the sum of the two.
-        auxiliary_by_layer: (L,) fp32, unscaled; (0,) without UBÖO.
-    """
-
-    step: int
-    loss: Tensor
-    main: Tensor
-    auxiliary: Tensor
-    auxiliary_by_layer: Tensor
 
 
 class MMRecLightningModule(LightningModule):
@@ -172,6 +158,7 @@ class MMRecLightningModule(LightningModule):
 
     def auxiliary_gradient_statistics(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`grad_norm_ratio` ‖g_aux‖/‖g_main‖ and `grad_cosine` of the two, 0-dim each; leaves `.grad` and random states alone."""
+        sharding.check_gradient_curves(self.network)
         with self.trainer.precision_plugin.train_step_context():
             return auxiliary_gradient_statistics(self.network, batch)
 
@@ -193,6 +180,10 @@ class MMRecLightningModule(LightningModule):
         if self.hparams["compile_blocks"] and not self._blocks_compiled:
             compile_blocks(self.network.blocks)
             self._blocks_compiled = True
+
+    def configure_model(self) -> None:
+        """Shard the network where the strategy wants it so (FSDP2Strategy); nothing otherwise."""
+        sharding.configure(self)
 
     def _schedule_end(self) -> int:
         # Not trainer.estimated_stepping_batches: asking for it before a checkpoint is restored restarts the data at 0.

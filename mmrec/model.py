@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from mmrec.blocks.mm_rec_block import MMRecBlock
@@ -98,8 +99,10 @@ class MMRecModel(nn.Module):
         An optimiser made before still holds the old weights: make it anew.
 
         Raises:
-            ValueError: where a block has trained beyond what separate projections can express.
+            ValueError: where a block has trained beyond what separate projections can express; where weights lie in shards.
         """
+        if isinstance(self.embedding.weight, DTensor):
+            raise ValueError("set_hem cannot convert weights that lie in shards; set model.network.use_hem before training")
         if all(block.use_hem == use_hem for block in self.blocks):
             return
         blocks = cast("list[MMRecBlock]", list(self.blocks))
@@ -201,10 +204,9 @@ class MMRecModel(nn.Module):
         """
         rows: dict[str, list[Tensor]] = {}
         x = self._embed(batch["input_ids"])
-        for block in self.blocks:
+        for block in cast("list[MMRecBlock]", list(self.blocks)):
             record: dict[str, Tensor] = {}
-            # .forward and not the call: a compiled block would be compiled a second time for this.
-            x, _ = block.forward(x, reset=batch.get("reset"), return_auxiliary_loss=True, record=record)
+            x, _ = block.observed(x, reset=batch.get("reset"), return_auxiliary_loss=True, record=record)
             jacobian = record["gate_jacobian"]
             rows.setdefault("gate_jacobian_max", []).append(jacobian.amax())
             rows.setdefault("gate_jacobian_share", []).append((jacobian > 1).float().mean())

@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 from stub_run import StubData, StubLoader, make_module, make_trainer
+from torch.distributed.tensor import DTensor
 
 from callbacks import LossSpikes, RandomStates, RankAgreement, RankWatch, RunCheckpoint, SkippedSteps
+from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from lightning_modules.strategies import TunedDDPStrategy
 
 ENDLESS = 10_000.0
@@ -130,15 +132,20 @@ class UnevenData(StubData):
         return UnevenLoader(self.batches, self.batch_size)
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy; of shards, of all of them, and of moments in 8 bits, what they stand for."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if hasattr(local, "dequantize") and hasattr(local, "codes"):
+        return local.dequantize()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def snapshot(module: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Copies of all weights and of all tensors of the optimiser's state, by name."""
     names = {parameter: name for name, parameter in module.named_parameters()}
-    found = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
+    found = {name: whole(parameter) for name, parameter in module.named_parameters()}
     for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            # torchao's moments of 8 bits cannot be cloned, and have their tensors within.
-            parts = {f"{key}.{part}": getattr(value, part) for part in ("codes", "scale") if hasattr(value, part)} or {key: value}
-            found |= {f"{names[parameter]}/{name}": torch.as_tensor(part).detach().clone() for name, part in parts.items()}
+        found |= {f"{names[parameter]}/{key}": whole(torch.as_tensor(value)) for key, value in state.items()}
     return found
 
 
@@ -160,15 +167,17 @@ def train(options: dict[str, Any]) -> Trainer:
     if (watch := options.pop("watch", None)) is not None:
         callbacks.append(RankWatch(**watch))
     if (every := options.pop("checkpoint_every", None)) is not None:
-        callbacks.append(RunCheckpoint(every_n_steps=every))
+        callbacks.append(RunCheckpoint(every_n_steps=every, keep_best=options.get("limit_val_batches", 0) > 0))
     callbacks.append(Record(folder, options.pop("weights", False)))
     if isinstance(options.get("strategy"), dict):
-        options["strategy"] = TunedDDPStrategy(**options["strategy"])
+        strategy = FSDP2Strategy if options["strategy"].pop("fsdp2", False) else TunedDDPStrategy
+        options["strategy"] = strategy(**options["strategy"])
     kind = UnevenData if options.pop("uneven", False) else StubData
     data, module = kind(**options.pop("data", {})), make_module(**options.pop("model", {}))
     options = {"limit_val_batches": 0, "logger": False} | options
+    resume = options.pop("resume", None)
     trainer = make_trainer(folder, callbacks, **options)
-    trainer.fit(module, datamodule=data, ckpt_path=options.pop("resume", None))
+    trainer.fit(module, datamodule=data, ckpt_path=resume)
     return trainer
 
 

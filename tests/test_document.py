@@ -351,7 +351,7 @@ def test_the_top_says_what_is_measured_and_what_is_owed(document: ModuleType, tm
 def test_the_memory_of_a_gpu_is_the_estimates(document: ModuleType) -> None:
     training, decoding = (getattr(sys.modules["document_environment"], f"gpu_for_{name}")() for name in ("training", "decoding"))
     assert (training.card, decoding.card) == (80, 16)
-    assert "55.1 GB" in training.why
+    assert "74.0 GB" in training.why
 
 
 def test_what_is_not_measured_says_which_command_would(document: ModuleType, tmp_path: Path) -> None:

@@ -172,6 +172,10 @@ class MMRecBlock(nn.Module):
             outputs.append(BlockState(after.h, after.M, carried, after.window, after.recent))
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
+    def observed(self, x_BTD: Tensor, **options: Any) -> Any:
+        """`forward`, for diagnostics: not by a call of the module, since a compiled block would be compiled a second time for them."""
+        return self.forward(x_BTD, **options)
+
     def _mixed(
         self, normed: Tensor, log_alpha: Tensor, state: BlockState | None, reset: Tensor | None, planned: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, BlockState]:

@@ -97,7 +97,7 @@ def plan_of(config: str | None, content: Mapping[str, Any], nodes: int | None = 
             accelerator=str(trainer.get("accelerator") or "auto"),
             parameters=needed.parameters,
             memory=needed.total,
-            checkpoint=needed.optimizer * 3 // 2,  # both moments, and the weights in the same precision
+            checkpoint=needed.checkpoint,
             nodes=nodes or int(trainer.get("num_nodes") or 1),
         )
     except (TypeError, AttributeError, ValueError) as error:  # a key that the network does not know, a group that is no mapping

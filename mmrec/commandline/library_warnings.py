@@ -6,6 +6,7 @@ _KNOWN = (
     ".*isinstance.treespec, LeafSpec.. is deprecated",  # Lightning's use of torch
     ".*'set_vital' is deprecated",  # torchdata's use of torch
     "The `srun` command is available on your system but is not used",  # one process on a machine that also has Slurm
+    ".*FSDP2-wrapped module .* returned a view tensor",  # a block's state after the last token, which nobody writes to
     "Your `IterableDataset` has `__len__` defined",  # it counts a rank's batches, whatever the number of workers
 )
 

@@ -1,6 +1,7 @@
 """Whether the memory that a run needs at the very least can be there at all, said before it is asked for."""
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,10 +27,7 @@ def check_memory(config: Namespace) -> None:
         needed = _estimate(config)
     except RuntimeError:  # sizes beyond 64 bits
         raise BadInputError("model.network: its sizes are beyond what any machine holds; give a smaller model_dim or num_layers") from None
-    moments = needed.optimizer
-    if config.model.optimizer == "adamw_8bit":
-        moments = moments // (2 if needed.precision == "bf16-true" else 4)
-    kept = needed.weights + needed.gradients + moments
+    kept = needed.weights + needed.gradients + needed.optimizer
     parts = f"weights, gradients and optimiser take {kept / _GIB:,.1f} GiB, {device} has {there / _GIB:,.1f}"
     if kept > there:
         remedy = "give a smaller model.network.model_dim or num_layers, or a trainer.strategy that divides them"
@@ -57,10 +55,11 @@ def _estimate(config: Namespace) -> Estimate:
     data = {name: given[name] for name in ("batch_size", "seq_len") if given.get(name) is not None}
     trainer = {"precision": config.trainer.precision or "32-true"}
     layers = network["num_layers"]
-    content = {"trainer": trainer, "data": {"init_args": data}, "model": {"network": {**network, "num_layers": min(layers, _MOST_LAYERS)}}}
+    model = {"optimizer": config.model.optimizer, "network": {**network, "num_layers": min(layers, _MOST_LAYERS)}}
+    content = {"trainer": trainer, "data": {"init_args": data}, "model": model}
     needed = estimate("", content)
     if layers <= _MOST_LAYERS:
         return needed
     times = layers / _MOST_LAYERS
-    sizes = {name: int(getattr(needed, name) * times) for name in ("weights", "gradients", "optimizer", "activations")}
-    return Estimate(**{**needed.__dict__, **sizes})
+    sizes: dict[str, Any] = {name: int(getattr(needed, name) * times) for name in ("weights", "gradients", "optimizer", "activations")}
+    return replace(needed, **sizes)

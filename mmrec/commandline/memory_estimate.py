@@ -14,7 +14,7 @@ _LOGIT = 8  # bytes that exist at a time for each logit of a chunk
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a config needs; bytes are for one GPU, with data parallelism, where every GPU holds everything.
+    """What a config needs; bytes are for one GPU that holds everything (`memory_plan` knows of several).
 
     Attributes:
         name: the config's name.
@@ -42,6 +42,11 @@ class Estimate:
         """Bytes of all four."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
+    @property
+    def checkpoint(self) -> int:
+        """Bytes of one: weights without autocast's copies, and moments."""
+        return self.parameters * number_bytes(self.precision) + self.optimizer
+
 
 def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimate:
     """Estimate a config's needs.
@@ -62,7 +67,7 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
     parameters = network.num_parameters()
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad)
     precision = str(trainer.get("precision", "32-true"))
-    bytes_each = 2 if precision == "bf16-true" else 4
+    bytes_each = number_bytes(precision)
     # Autocast keeps a bf16 copy of every weight from its first use in a step to the end of it.
     casts = 2 if precision == "bf16-mixed" else 0
     batch, seq_len = int(data.get("batch_size", 8)), int(data.get("seq_len", 2048))
@@ -76,7 +81,7 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
         parameters_inference=network.num_parameters(training_only=False),
         weights=parameters * (bytes_each + casts),
         gradients=trained * bytes_each,
-        optimizer=2 * trained * bytes_each,
+        optimizer=round(trained * moment_bytes(str((content.get("model") or {}).get("optimizer", "adamw")), bytes_each)),
         activations=_activations(config, batch * seq_len, bf16=precision.startswith("bf16")),
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step if steps > 0 else None,
@@ -88,6 +93,16 @@ def _group(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(group, Mapping):
         raise ValueError(f"{key}: expected a mapping of keys to values, got {group!r}")
     return group
+
+
+def number_bytes(precision: str) -> int:
+    """Of a weight, a gradient, and a moment that is held as they are."""
+    return 2 if precision == "bf16-true" else 4
+
+
+def moment_bytes(optimizer: str, bytes_each: int) -> float:
+    """Bytes a parameter of both moments; in 8 bits with an fp32 scale for each 256, but for a network's few small tensors."""
+    return 2 * (1 + 4 / 256) if optimizer == "adamw_8bit" else 2 * bytes_each
 
 
 def _activations(config: MMRecConfig, tokens: int, bf16: bool) -> int:

@@ -1,6 +1,7 @@
 """What can be known to be wrong before anything is built or written."""
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
@@ -8,14 +9,18 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from lightning_modules.checks import check_hyperparameters, check_vocabulary
+from lightning_modules.fsdp2_strategy import NAME, FSDP2Strategy
 from lightning_modules.mm_rec_module import SUPPORTED_PRECISIONS
-from lightning_modules.optimizers import import_torchao
+from lightning_modules.sharding import check_shardable
 from mmrec.commandline.checkpoints import require_fitting_checkpoint
 from mmrec.commandline.class_paths import imported_class
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.memory_check import check_memory
 from mmrec.commandline.trainer_checks import check_trainer
 from mmrec.config import MMRecConfig
+
+SHARDING = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__qualname__}"
+GRADIENTS_KEY = "auxiliary_curves.gradients_every_n_steps"
 
 
 def require_groups(config: Namespace, keys: Sequence[str]) -> None:
@@ -55,19 +60,39 @@ def check_before_building(config: Namespace, checkpoint: Path | None, fitting: b
     if precision is not None and _full_precision_name(precision) not in SUPPORTED_PRECISIONS:
         raise BadInputError(f"trainer.precision: {precision} is not supported; choose one of {', '.join(SUPPORTED_PRECISIONS)}")
     check_trainer(config)
+    if fitting:
+        check_strategy(config)
     if fitting and config.trainer.max_steps < 1 and config.model.decay_steps is None:
         raise BadInputError("trainer.max_steps: the run has no end; give the number of optimiser steps")
+    if fitting:
+        require_torchao(config.model.as_dict())
     require_device(config.trainer.accelerator)  # before the data: who has no GPU here need not prepare any
     if fitting:
         check_memory(config)
-        if config.model.optimizer != "adamw":
-            import_torchao(f"model.optimizer={config.model.optimizer}")
     data = build_data_module(config.data)
     if hasattr(data, "check"):
         data.check()
     check_vocabulary(getattr(data, "vocab_size", None), network.vocab_size)
     if checkpoint is not None:
         require_fitting_checkpoint(checkpoint, network)
+
+
+def check_strategy(config: Namespace) -> None:
+    """Raise ValueError where a run's other settings do not fit weights in shards."""
+    strategy = config.trainer.strategy
+    if (strategy.get("class_path") if isinstance(strategy, Namespace) else strategy) not in (NAME, SHARDING):
+        return
+    check_shardable(config.model.as_dict())
+    curves = "auxiliary_curves" in config and "auxiliary_curves" not in (config.get("disable_callbacks") or [])
+    if curves and config.model.network.use_uboo and config.auxiliary_curves.gradients_every_n_steps > 0:
+        raise BadInputError(f"{GRADIENTS_KEY}: gradients of weights in shards cannot be compared; set it to 0 with FSDP2Strategy")
+
+
+def require_torchao(hparams: Mapping[str, Any]) -> None:
+    """Raise BadInputError where the optimiser or FP8 needs torchao and it is not installed; without importing it, which takes seconds."""
+    wants = "model.fp8" if hparams["fp8"] else f"model.optimizer={hparams['optimizer']}" if hparams["optimizer"] != "adamw" else None
+    if wants is not None and find_spec("torchao") is None:
+        raise BadInputError(f"{wants} needs torchao, which is not installed; install it: pip install torchao, or the extra [train]")
 
 
 def require_device(accelerator: Any) -> None:

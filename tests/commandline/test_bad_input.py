@@ -36,6 +36,21 @@ OPTIONS = {
     ("--model.network.planning_horizon", "1"): "unknown key model.network.planning_horizon: there is no such option any more; take it out",
     ("--model.network.window_every", "5"): "model.network.window_every = 5 is more than num_layers = 2, no layer would have a window;",
     ("--ckpt_path", "none.ckpt"): "no checkpoint none.ckpt; give a file, or last for the newest under runs/cpu_tiny/checkpoints",
+    (
+        "--trainer.strategy",
+        "fsdp2",
+        "--model.cuda_graph",
+        "true",
+    ): "model.cuda_graph: weights in shards fit no CUDA graph; set it to false with FSDP2Strategy",
+    ("--trainer.strategy", "fsdp2", "--model.network.use_uboo", "true"): (
+        "auxiliary_curves.gradients_every_n_steps: gradients of weights in shards cannot be compared; set it to 0 with FSDP2Strategy"
+    ),
+    (
+        "--trainer.strategy",
+        "lightning_modules.fsdp2_strategy.FSDP2Strategy",
+        "--trainer.strategy.gradients",
+        "fp8",
+    ): "trainer.strategy.gradients: expected one of full, bf16, fp32, got fp8",
     ("--data.source", "local", "--data.tokenizer", "t.json", "--data.train_files", "none/*"): "data.train_files: no file matches 'none/*'",
     ("--data.source", "tokens", "--data.tokens_dir", "none"): "data.tokens_dir: no manifest.json in none",
 }
@@ -101,7 +116,7 @@ def test_configs_in_folders_are_pointed_to(cli) -> None:
         ((), "no command given; choose one of fit, validate, test, predict, generate, export, prepare, configs, doctor, or --help"),
         (("fitt",), "no command fitt; did you mean fit?"),
         (("train",), "no command train; did you mean fit?"),
-        (("fit",), "fit: no config; give --config NAME, a file of yours or one of a100_7b, cpu_tiny, debug, h100_125m, "),
+        (("fit",), "fit: no config; give --config NAME, a file of yours or one of a100_7b, a100_7b_fsdp2, cpu_tiny, debug, h100_125m, "),
         (("fit", "--trainer.accelerator", "cpu"), "fit: no config; give --config NAME"),
         (("predict",), "predict: no config; give --config NAME"),
         (("fit", "--config"), "--config needs the name or path of a config"),
@@ -131,6 +146,16 @@ def test_a_missing_gpu_is_named_before_missing_data(accelerator: str, cli, tmp_p
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert cli(*fit).error.startswith("data.tokens_dir: no manifest.json in tokens/books")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"), [(("--model.optimizer", "adamw_8bit"), "model.optimizer=adamw_8bit"), (("--model.fp8", "true"), "model.fp8")]
+)
+def test_torchao_is_missed_before_anything_is_built(option: tuple[str, str], wanted: str, cli, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("mmrec.commandline.preflight.find_spec", lambda name: None)
+    error = cli("fit", "--config", "cpu_tiny", *option).error
+    assert error == f"{wanted} needs torchao, which is not installed; install it: pip install torchao, or the extra [train]"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("folder", ["a_file", "a_file/below", "/proc/mmrec"])

@@ -9,6 +9,7 @@ import yaml
 from datamodules.sample import DEFAULT_VOCAB_SIZE
 from mmrec.commandline.configs import config_layers, find_config, merge, read_config, shipped_configs
 from mmrec.commandline.memory_estimate import estimate
+from mmrec.commandline.memory_plan import plans, strategy_of
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
@@ -20,6 +21,7 @@ SHIPPED = {
     "h100_370m": (368, 9, 1536),
     "h100_1b3": (1270, 18, 2048),
     "a100_7b": (6600, 24, 4096),
+    "a100_7b_fsdp2": (6600, 24, 4096),
     "h100_7b": (6600, 24, 4096),
     "study_35m": (35.3, 5, 512),
     "study_120m": (125, 10, 768),
@@ -51,14 +53,18 @@ def test_a_shipped_config_parses_and_builds_on_the_meta_device(name: str, cli) -
     assert layered == config
 
 
-@pytest.mark.parametrize(("use_uboo", "parameters"), [(False, 6.60e9), (True, 7.41e9)])
+@pytest.mark.parametrize(("use_uboo", "batch", "parameters"), [(False, 4, 6.60e9), (True, 2, 7.41e9)])
 @pytest.mark.parametrize("name", ["a100_7b", "h100_7b"])
-def test_the_largest_fit_80_GB_with_and_without_uboo(name: str, use_uboo: bool, parameters: float) -> None:
+def test_the_largest_fit_80_GB_with_and_without_uboo(name: str, use_uboo: bool, batch: int, parameters: float) -> None:
+    """Under plain data parallelism, of which nothing comes on top."""
     content = merge(config_layers(name))
-    content["model"]["network"]["use_uboo"] = use_uboo
+    assert content["data"]["init_args"]["batch_size"] == 4
+    content["model"]["network"]["use_uboo"], content["data"]["init_args"]["batch_size"] = use_uboo, batch
     row = estimate(name, content)
     assert row.parameters == pytest.approx(parameters, rel=0.005)
     assert row.total < 75e9
+    assert strategy_of(content, 8) == "DDP"
+    assert {plan.strategy: plan.total for plan in plans(name, content, 8)}["DDP"] == row.total
 
 
 def test_no_shipped_config_copies_another() -> None:

@@ -1,0 +1,218 @@
+"""Weak scaling: the same batch on each GPU of one host, on one, two and more of them, with everything on each or in shards.
+
+`python benchmarks/scaling.py --config h100_370m --gpus 1 2 4` writes benchmarks/results/scaling_<gpu>.json, a row a strategy and number of
+GPUs; rows of others stay. `--config h100_7b --strategy ddp fsdp2 --gpus 4` compares the two. `--quick` tries the script on two processes of
+a CPU. Every point has processes of its own; one that fails leaves a row with the reason, and makes the exit code 1.
+
+A step is the config's: its precision, optimiser, batch and accumulated micro-batches, of random tokens; but no CUDA graph, which with
+several GPUs there is not, so that one GPU and several take the same step. On one GPU there is no strategy, whatever it is called.
+"""
+
+import argparse
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from train_step import RESULTS, Row, end_with
+from train_step_cases import Case, check_settings
+
+from mmrec.commandline.configs import config_layers, merge
+from mmrec.commandline.errors import one_line_errors
+from mmrec.commandline.plain_parser import PlainParser, command_line, output_file, seconds, whole_number
+from mmrec.measuring.failures import reason_of
+from mmrec.measuring.machine import device, machine, short_name
+from mmrec.measuring.results import read_rows, write_rows
+
+PROGRAM = "python benchmarks/scaling.py"
+STRATEGIES = ("ddp", "fsdp2")
+QUICK = ["--config", "cpu_tiny", "--gpus", "1", "2", "--strategy", *STRATEGIES, "--steps", "2", "--warmup", "1", "--batch", "2"]
+SAME = ("config", "B", "T", "accumulate", "precision", "optimizer", "checkpointing", "set", "gpu")  # what a row is compared at
+
+
+def work(task: dict[str, Any]) -> int:
+    """Train as one of a point's ranks and write what it saw where the task says; the exit code."""
+    threading.Thread(target=end_with, args=(task["parent"],), daemon=True).start()
+    try:
+        from scaling_worker import run
+
+        answer = run(Case(**task["case"]), task["batch"], task["strategy"], task["gpus"], task["gradients"])
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        answer = {"failed": reason_of(error)}
+    write_rows(Path(task["answers"]) / f"{os.environ['RANK']}.json", [answer])
+    return 1 if "failed" in answer else 0
+
+
+def measure(task: dict[str, Any], limit: float) -> list[dict[str, Any]]:
+    """What each rank of a point says; one answer with `failed` where one of them did not come to the end, which ends the others."""
+    with tempfile.TemporaryDirectory() as folder:
+        task = task | {"answers": folder, "parent": os.getpid()}
+        command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        job = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(task["gpus"]), "NODE_RANK": "0"}
+        ranks = range(task["gpus"])
+        environments = [os.environ | job | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in ranks]
+        processes = [subprocess.Popen(command, env=environment) for environment in environments]
+        end = time.monotonic() + limit
+        try:
+            while any(process.poll() is None for process in processes):
+                failed = [rank for rank in ranks if processes[rank].poll()]
+                if failed:
+                    return [{"failed": _reason(Path(folder), failed[0], processes[failed[0]].returncode)}]
+                if time.monotonic() > end:
+                    return [{"failed": f"no answer within {limit:.0f} s"}]
+                time.sleep(0.1)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        for rank in ranks:
+            if processes[rank].returncode:
+                return [{"failed": _reason(Path(folder), rank, processes[rank].returncode)}]
+        return [read_rows(Path(folder) / f"{rank}.json")[0] for rank in ranks]
+
+
+def _reason(folder: Path, rank: int, code: int) -> str:
+    path = folder / f"{rank}.json"
+    return f"rank {rank}: {read_rows(path)[0]['failed'] if path.exists() else f'its process died (exit code {code})'}"
+
+
+def joined(answers: Sequence[dict[str, Any]]) -> Row:
+    """One row of all ranks: a step takes as long as the slowest says; the memory is the fullest GPU's."""
+    first, worst = answers[0], max(answers, key=lambda answer: answer["ms_per_step"])
+    tokens = first["B"] * first["T"] * first["accumulate"] / worst["ms_per_step"] * 1e3
+    peak = first.pop("flops_peak")
+    times = {name: worst[name] for name in ("ms_per_step", "ms_fastest", "ms_slowest")}
+    reserved = [answer["reserved_gib"] for answer in answers if answer["reserved_gib"] is not None]
+    return first | times | {
+        "tokens_per_s": tokens * len(answers),
+        "tokens_per_s_per_gpu": tokens,
+        "mfu": None if peak is None else tokens * first["flops_per_token"] / peak,
+        "peak_gib": max(answer["peak_gib"] for answer in answers),
+        "peak_gib_by_gpu": [answer["peak_gib"] for answer in answers],
+        "reserved_gib": max(reserved, default=None),
+    }  # fmt: skip
+
+
+def with_efficiency(rows: Sequence[Row]) -> None:
+    """Enter how many tokens a second a GPU reads, against one alone at the same settings; None where one alone was not measured."""
+    alone = {tuple(str(row.get(name)) for name in SAME): row for row in rows if row["gpus"] == 1 and row.get("tokens_per_s_per_gpu")}
+    for row in rows:
+        base = alone.get(tuple(str(row.get(name)) for name in SAME))
+        if row.get("tokens_per_s_per_gpu"):
+            row["efficiency"] = None if base is None else row["tokens_per_s_per_gpu"] / base["tokens_per_s_per_gpu"]
+
+
+def line(row: Row) -> str:
+    """A row for the terminal."""
+    heading = f"{row['config']}, {row['strategy']} on {row['gpus']}"
+    if "failed" in row:
+        return f"{heading}: NOT MEASURED: {row['failed']}"
+    forms = {
+        "tokens_per_s_per_gpu": "{:,.0f} tokens/s a GPU", "efficiency": "{:.1%} of one alone", "ms_per_step": "{:.2f} ms a step",
+        "mfu": "MFU {:.1%}", "peak_gib": "peak {:.2f} GiB", "communication_ms": "{:.1f} ms of communication",
+        "communication_hidden": "{:.0%} of it behind the rest",
+    }  # fmt: skip
+    return f"{heading}: " + ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; `cases` has the config as each strategy trains it."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = PlainParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="h100_370m", help="name or path of a config")
+    parser.add_argument("--gpus", type=whole_number, nargs="+", default=[1], help="numbers of GPUs, one after the other")
+    parser.add_argument("--strategy", choices=STRATEGIES, nargs="+", default=["ddp"], help="with everything on each GPU, or in shards")
+    parser.add_argument("--gradients", choices=("full", "bf16"), default="full", help="in what gradients are summed over the GPUs")
+    parser.add_argument("--steps", type=whole_number, default=20, help="steps under the clock")
+    parser.add_argument("--warmup", type=whole_number, default=5, help="steps before the clock")
+    parser.add_argument("--batch", type=whole_number, help="sequences of a micro-batch; the config's")
+    parser.add_argument("--accumulate", type=whole_number, help="micro-batches of a step; the config's")
+    parser.add_argument("--set", action="append", default=[], help="network.NAME=VALUE, model.… or trainer.…")
+    parser.add_argument("--output", type=output_file, help="the JSON file; benchmarks/results/scaling_<gpu>.json")
+    parser.add_argument("--seconds", type=seconds, default=580.0, help="the longest that a point may take")
+    parser.add_argument("--quick", action="store_true", help="two processes of a CPU and a tiny network, to try the script")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args([*QUICK, *given] if "--quick" in given else given)
+    if options.worker:
+        return options
+    here = torch.cuda.device_count()
+    if not options.quick and here == 0:
+        parser.error("no CUDA device; --quick tries the script on a CPU")
+    if not options.quick and max(options.gpus) > here:
+        parser.error(f"--gpus: {max(options.gpus)} are wanted, {here} are here")
+    with one_line_errors():
+        content = merge(config_layers(options.config))
+    data, trainer = (content.get("data") or {}).get("init_args") or {}, content.get("trainer") or {}
+    options.batch = options.batch or int(data.get("batch_size", 8))
+    case = Case(
+        name="scaling",
+        what="weak scaling",
+        config=options.config,
+        seq_len=32 if options.quick else int(data.get("seq_len", 2048)),
+        accumulate=options.accumulate or int(trainer.get("accumulate_grad_batches", 1)),
+        model={"cuda_graph": False},
+        warmup=options.warmup,
+        steps=options.steps,
+    )
+    try:
+        options.case = case.changed(options.set)
+        check_settings(options.case, ["all"])
+    except ValueError as error:
+        parser.error(f"--set: {error}" if options.set else str(error))
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write.
+
+    Args:
+        arguments: what follows the program's name; None: `sys.argv`.
+
+    Returns:
+        The exit code: 1 where a point could not be measured.
+    """
+    options = parse(arguments)
+    if options.worker:
+        return work(json.loads(options.worker))
+    place, command = machine(device()), command_line(PROGRAM, arguments)
+    output = options.output or RESULTS / f"scaling_{short_name(place['gpu'])}.json"
+    print(f"{place['gpu']}, torch {place['torch']}, triton {place['triton']}, {place['date']}", flush=True)
+    with one_line_errors():
+        rows: list[Row] = read_rows(output) if output.exists() else []
+    failed, done = False, set()
+    for strategy in options.strategy:
+        for gpus in options.gpus:
+            name = strategy if gpus > 1 else "single_device"
+            if (name, gpus) in done:
+                continue
+            done.add((name, gpus))
+            task = {"case": vars(options.case), "batch": options.batch, "strategy": name, "gpus": gpus, "gradients": options.gradients}
+            answers = measure(task, options.seconds)
+            what = {"config": options.config, "strategy": name, "gpus": gpus, "B": options.batch, "T": options.case.seq_len}
+            what |= {"accumulate": options.case.accumulate, "set": options.set, "gradients_sent": options.gradients if gpus > 1 else None}
+            found = what | (answers[0] if "failed" in answers[0] else joined(answers)) | place | {"command": command}
+            failed |= "failed" in found
+            key = ("config", "strategy", "gpus", "B", "T", "accumulate", "set", "gradients_sent", "gpu")
+            rows = [row for row in rows if any(row.get(part) != found.get(part) for part in key)] + [found]
+            with_efficiency(rows)
+            print(line(found), flush=True)
+            write_rows(output, rows)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""benchmarks/scaling.py: that it measures, how it joins what ranks say, and what it refuses."""
+
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield importlib.import_module("scaling")
+    for name in [name for name in sys.modules if name.startswith(("scaling", "train_step"))]:
+        del sys.modules[name]
+
+
+def answer(ms: float, peak: float) -> dict[str, object]:
+    times = {"ms_per_step": ms, "ms_fastest": ms - 1, "ms_slowest": ms + 1}
+    return {**times, "B": 2, "T": 50, "accumulate": 3, "peak_gib": peak, "reserved_gib": peak + 1, "flops_per_token": 7, "flops_peak": 1e5}
+
+
+def test_a_row_is_of_the_slowest_rank_and_the_fullest_gpu(script: ModuleType) -> None:
+    row = script.joined([answer(90.0, 5.0), answer(100.0, 4.0)])
+    assert row["tokens_per_s_per_gpu"] == pytest.approx(3000)
+    assert row["tokens_per_s"] == pytest.approx(6000)
+    assert row["mfu"] == pytest.approx(3000 * 7 / 1e5)
+    assert (row["ms_per_step"], row["ms_fastest"], row["peak_gib"], row["reserved_gib"]) == (100.0, 99.0, 5.0, 6.0)
+    assert row["peak_gib_by_gpu"] == [5.0, 4.0]
+    assert script.joined([answer(90.0, 5.0) | {"flops_peak": None, "reserved_gib": None}])["mfu"] is None
+
+
+def test_efficiency_is_against_one_gpu_alone_at_the_same_settings(script: ModuleType) -> None:
+    rows = [
+        {"config": "a", "B": 1, "gpus": 1, "tokens_per_s_per_gpu": 100.0},
+        {"config": "a", "B": 1, "gpus": 4, "tokens_per_s_per_gpu": 97.0},
+        {"config": "a", "B": 2, "gpus": 4, "tokens_per_s_per_gpu": 97.0},
+        {"config": "a", "B": 1, "gpus": 2, "failed": "rank 1: gone"},
+    ]
+    script.with_efficiency(rows)
+    assert [row.get("efficiency") for row in rows] == [1.0, 0.97, None, None]
+    assert script.line(rows[3] | {"strategy": "ddp"}) == "a, ddp on 2: NOT MEASURED: rank 1: gone"
+
+
+def test_communication_is_hidden_where_something_else_runs(script: ModuleType) -> None:
+    worker = importlib.import_module("scaling_worker")
+    kernels = [
+        ("ncclDevKernel_AllReduce", (0.0, 4000.0)),
+        ("ncclDevKernel_AllGather", (3000.0, 6000.0)),  # overlaps the first: one stretch of 6 ms
+        ("gemm", (1000.0, 2000.0)),
+        ("gemm", (1500.0, 3000.0)),
+        ("add", (8000.0, 9000.0)),
+    ]
+    assert worker.communication(kernels) == pytest.approx(
+        {"communication_ms": 6.0, "communication_exposed_ms": 4.0, "communication_hidden": 1 / 3}
+    )
+    assert worker.communication(kernels[2:]) == {}
+
+
+def test_it_measures_one_process_and_two(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    output = tmp_path / "scaling.json"
+    assert script.main(["--quick", "--strategy", "fsdp2", "--output", str(output)]) == 0
+    rows = json.loads(output.read_text())
+    assert [(row["strategy"], row["gpus"]) for row in rows] == [("single_device", 1), ("fsdp2", 2)]
+    for row in rows:
+        assert (row["config"], row["B"], row["T"], row["accumulate"], row["precision"]) == ("cpu_tiny", 2, 32, 1, "32-true")
+        assert row["tokens_per_s"] == pytest.approx(row["gpus"] * row["tokens_per_s_per_gpu"])
+        assert row["efficiency"] > 0
+        assert row["params_m"] == rows[0]["params_m"]  # of the whole network, also in shards
+        assert len(row["peak_gib_by_gpu"]) == row["gpus"]
+        assert row["command"].startswith("python benchmarks/scaling.py --quick")
+        assert {"torch", "gpu", "date"} <= row.keys()
+    assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=0.05)
+
+
+@pytest.mark.faults
+def test_a_rank_that_fails_ends_the_others_and_leaves_a_row(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
+    output = tmp_path / "scaling.json"
+    arguments = ["--quick", "--gpus", "2", "--strategy", "fsdp2", "--set", "model.cuda_graph=true", "--output", str(output)]
+    assert script.main(arguments) == 1
+    (row,) = json.loads(output.read_text())
+    assert "ValueError: model.cuda_graph: weights in shards fit no CUDA graph" in row["failed"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpus", "0"], "--gpus: '0' is no whole number of at least 1"),
+        (["--strategy", "zero"], "--strategy: invalid choice: 'zero'"),
+        (["--quick", "--config", "nope"], "no config nope. Shipped ones: "),
+        (["--quick", "--set", "network.modell_dim=3"], "--set: no network.modell_dim; did you mean network.model_dim?"),
+        (["--quick", "--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
+        (["--config", "h100_370m"], "no CUDA device; --quick tries the script on a CPU"),
+    ],
+)
+def test_bad_input_is_one_line(
+    arguments: list[str], message: str, script: ModuleType, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    with pytest.raises(SystemExit) as stop:
+        script.main(arguments)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
