@@ -42,8 +42,9 @@ def write_snapshot(folder: Path, name: str, on_gpu: bool, details: dict[str, Any
 
 def largest_tensors() -> list[dict[str, Any]]:
     """The largest tensors that Python can reach: shape, dtype, device, bytes."""
-    # type() and not isinstance(): the latter asks lazy proxies for their class, and wakes them.
-    alive = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+    # type() and not isinstance(): the latter asks lazy proxies for their class, and wakes them. What a wrapper (of shards, of a compiler's
+    # tracing, whose sizes may be symbols) holds, if anything, is found by itself.
+    alive = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     alive.sort(key=lambda tensor: tensor.numel() * tensor.element_size(), reverse=True)
     return [
         {"shape": list(t.shape), "dtype": str(t.dtype), "device": str(t.device), "bytes": t.numel() * t.element_size()}

@@ -71,6 +71,20 @@ def test_accumulated_gradients(changes: dict[str, Any], one_rank: dict[str, Any]
     assert_same_training(train_on_ranks(options(tmp_path, 2, **changes), 2)[0], one_rank)
 
 
+@pytest.mark.faults
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    "changes", [{}, {"accumulate_grad_batches": 2, "model": {**MODEL, "compile_blocks": True}}], ids=["plain", "compiled"]
+)
+def test_fifty_steps(ranks: int, changes: dict[str, Any], tmp_path: Path) -> None:
+    """Of four ranks some hold nothing of vectors that have an entry a head."""
+    fault_run.train(options(tmp_path / "one", 1, max_steps=50))
+    expected = fault_run.results(tmp_path / "one", 1)[0]
+    found = train_on_ranks(options(tmp_path / "ranks", ranks, max_steps=50, checkpoint_every=25, **changes), ranks)
+    assert_same_training(found[0], expected)
+    assert all(result["losses"] == found[0]["losses"] for result in found)
+
+
 @pytest.mark.parametrize("checkpointing", [True, "selective"])
 def test_recomputed_activations(checkpointing: bool | str, one_rank: dict[str, Any], tmp_path: Path) -> None:
     """A backward that forms a block again finds its weights."""
