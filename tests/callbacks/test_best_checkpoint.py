@@ -1,7 +1,6 @@
 """`best.ckpt`: the checkpoint of the lowest validation loss, kept beside the newest ones, its step and loss known."""
 
 import os
-import signal
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,7 +90,7 @@ def test_keeping_it_in_the_middle_of_a_step_does_not_change_what_a_run_goes_on_f
     class Interrupt(Callback):
         def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
             if trainer.global_step == 6:
-                os.kill(os.getpid(), signal.SIGINT)
+                raise KeyboardInterrupt
 
     killed = tmp_path / "killed"
     validations = [Validations([9.0, 8.0, 7.0, 6.0]), Interrupt(), RandomStates(), RunCheckpoint(every_n_steps=4, keep_best=True)]
