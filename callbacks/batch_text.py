@@ -21,7 +21,7 @@ def save_batches(trainer: Trainer, step: int, batches: Sequence[GivenBatch]) -> 
     random access, and `text`, or `token_ids` where the data module has no tokenizer. Waits for the device.
 
     Returns:
-        Words for a message: where the text is, or that no more is written.
+        Words for a message: where the text is, or why it is nowhere.
     """
     folder = Path(trainer.default_root_dir) / FOLDER
     path = folder / f"step={step:06d}-rank={trainer.global_rank}.jsonl"
@@ -32,7 +32,10 @@ def save_batches(trainer: Trainer, step: int, batches: Sequence[GivenBatch]) -> 
         places = _places(trainer, batch.number, len(batch.input_ids))
         for row, (ids, place) in enumerate(zip(batch.input_ids.tolist(), places, strict=True)):
             lines.append(json.dumps({"micro_batch": index, "row": row, **place, **_content(trainer, ids)}, ensure_ascii=False) + "\n")
-    write_atomically(path, "".join(lines).encode())
+    try:
+        write_atomically(path, "".join(lines).encode())
+    except OSError as error:  # a full disk ends no run
+        return f"its text could not be written: {error}"
     return f"its text: {path}"
 
 

@@ -239,14 +239,15 @@ class RunCheckpoint(ModelCheckpoint):
         """
         failures = [failure for failure in outcomes if failure is not None]
         self._failures += len(failures)
+        count = self._failures  # a write in the background may set it to 0 at any moment
         last_failed = outcomes[-1] is not None
-        stops = (last_failed and final) or (bool(failures) and self._failures >= FAILURES_IN_A_ROW)
+        stops = (last_failed and final) or (bool(failures) and count >= FAILURES_IN_A_ROW)
         failures, stops, last_failed = trainer.strategy.broadcast((failures, stops, last_failed))
         if stops:
             raise OSError(f"{failures[-1]}. What was written before is whole: go on from it with --ckpt_path last")
         if trainer.is_global_zero:
             for failure in failures:
-                _warn(f"{failure}. Training goes on ({self._failures} of at most {FAILURES_IN_A_ROW} failures in a row)")
+                _warn(f"{failure}. Training goes on ({count} of at most {FAILURES_IN_A_ROW} failures in a row)")
         return last_failed
 
     def _mean_loss(self, trainer: Trainer, pl_module: Any) -> float:

@@ -37,4 +37,7 @@ def _described(path: object) -> str:
     if not path:
         return "none"
     file = Path(str(path))
-    return f"{file.name} of {file.stat().st_size:,} bytes at step {read_checkpoint(file, mmap=True).get('global_step')}"
+    try:
+        return f"{file.name} of {file.stat().st_size:,} bytes at step {read_checkpoint(file, mmap=True).get('global_step')}"
+    except (OSError, ValueError) as error:  # said by all ranks: the others wait for this one's answer
+        return f"{file.name}, unreadable ({error})"

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from lightning_modules.sharded_states import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 from lightning_modules.sharding import average_gradients, check_shardable, is_sharded, shard_network, wide_parameters
+from lightning_modules.strategies import check_communication
 from mmrec.files import read_checkpoint
 
 NAME = "fsdp2"  # as trainer.strategy takes it, without options
@@ -44,10 +45,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             timeout_seconds: how long a collective waits for the other ranks.
             process_group_backend: None: NCCL on GPUs, gloo on a CPU.
         """
-        if timeout_seconds <= 0:
-            raise ValueError(f"trainer.strategy: timeout_seconds is {timeout_seconds}; give a number above 0")
+        check_communication(timeout_seconds, process_group_backend)
         if gradients not in _DTYPES:
-            raise ValueError(f"trainer.strategy: gradients is {gradients}; give one of {', '.join(_DTYPES)}")
+            raise ValueError(f"trainer.strategy.gradients is {gradients}; give one of {', '.join(_DTYPES)}")
         super().__init__(
             tensor_parallel_size=1,
             save_distributed_checkpoint=False,

@@ -42,12 +42,9 @@ class TunedDDPStrategy(DDPStrategy):
             process_group_backend: None: NCCL on GPUs, gloo on a CPU.
             start_method: how the processes of a machine are started where no scheduler has done so.
         """
-        if not 0 < timeout_seconds <= _LONGEST:
-            raise ValueError(f"trainer.strategy.timeout_seconds is {timeout_seconds}; give a number above 0, at most {_LONGEST}")
+        check_communication(timeout_seconds, process_group_backend)
         if bucket_cap_mb is not None and bucket_cap_mb < 1:
             raise ValueError(f"trainer.strategy.bucket_cap_mb is {bucket_cap_mb}; give at least 1 MiB, or null for torch's")
-        if process_group_backend not in (None, "nccl", "gloo"):
-            raise ValueError(f"trainer.strategy.process_group_backend is {process_group_backend}; give nccl, gloo or null")
         options: dict[str, Any] = {"static_graph": static_graph, "gradient_as_bucket_view": gradient_as_bucket_view}
         if bucket_cap_mb is not None:
             options["bucket_cap_mb"] = bucket_cap_mb
@@ -87,3 +84,11 @@ class TunedDDPStrategy(DDPStrategy):
 def sum_in_bf16(state: Any, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """torch's `bf16_compress_hook`; by its own name DDP refuses it without NCCL, though gloo sums bf16 as well."""
     return bf16_compress_hook(state, bucket)
+
+
+def check_communication(timeout_seconds: float, process_group_backend: str | None) -> None:
+    """Raise ValueError where a strategy's timeout is no time, or its backend none of torch's that these packages use."""
+    if not 0 < timeout_seconds <= _LONGEST:
+        raise ValueError(f"trainer.strategy.timeout_seconds is {timeout_seconds}; give a number above 0, at most {_LONGEST}")
+    if process_group_backend not in (None, "nccl", "gloo"):
+        raise ValueError(f"trainer.strategy.process_group_backend is {process_group_backend}; give nccl, gloo or null")

@@ -6,6 +6,7 @@ loss, and a number drawn from all three generators, both as hexadecimal floats.
 
 import copy
 import errno
+import faulthandler
 import json
 import os
 import random
@@ -160,7 +161,8 @@ def read_steps(folder: Path, rank: int = 0) -> dict[int, tuple[float, float]]:
 
 
 def main(options: dict[str, Any]) -> None:
-    """Train as the options say."""
+    """Train as the options say; a run that hangs ends with its stacks."""
+    faulthandler.dump_traceback_later(120, exit=True)
     options = copy.deepcopy(options)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)

@@ -41,11 +41,16 @@ class RunFolder(NamedTuple):
         """Snapshots of the memory profile."""
         return self.root / "memory"
 
+    @property
+    def batches(self) -> Path:
+        """Texts of steps that were skipped and of loss spikes."""
+        return self.root / "batches"
+
     def run_files(self) -> list[Path]:
         """What a run has left here; nothing where none has come as far as writing its config."""
         if not self.config.is_file():
             return []
-        folders = (self.checkpoints, self.tensorboard, self.memory_snapshots)
+        folders = (self.checkpoints, self.tensorboard, self.memory_snapshots, self.batches)
         return [path for folder in folders for path in folder.glob("*")] + [self.config, *self.root.glob("predictions*.jsonl")]
 
     def set_aside(self, files: Sequence[Path]) -> Path:

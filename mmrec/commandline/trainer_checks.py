@@ -51,7 +51,7 @@ def check_trainer(config: Namespace) -> None:
         "num_nodes": (trainer.num_nodes >= 1, "at least 1 machine"),
         "accumulate_grad_batches": (trainer.accumulate_grad_batches >= 1, "at least 1 batch a step"),
         "gradient_clip_val": (_is_limit(trainer.gradient_clip_val), "a finite number above 0, or null for no clipping"),
-        "log_every_n_steps": (trainer.log_every_n_steps >= 1, "at least 1 step"),
+        "log_every_n_steps": (trainer.log_every_n_steps is None or trainer.log_every_n_steps >= 1, "at least 1 step, or null"),
         "val_check_interval": (_is_interval(trainer.val_check_interval), "at least 1 batch, or a share of an epoch from 0 to 1"),
         "check_val_every_n_epoch": (
             trainer.check_val_every_n_epoch is None or trainer.check_val_every_n_epoch >= 1,

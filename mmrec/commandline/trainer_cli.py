@@ -327,8 +327,11 @@ class RunCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Say where the run's files lie; of a run that a signal ended also that, and leave as a scheduler expects."""
-        if self.run_config.trainer.fast_dev_run:  # writes nothing
-            return
+        if not self.run_config.trainer.fast_dev_run:  # which writes nothing
+            self._say_what_was_written()
+        leave_if_stopped(self.trainer, self.config_init[self.subcommand]["preemption"])
+
+    def _say_what_was_written(self) -> None:
         if self._checkpoint is not None and self.model.last_step_loss is None and 0 <= self.trainer.max_steps <= self.trainer.global_step:
             say(f"no step was trained: {self._checkpoint} is at step {self.trainer.global_step}; raise --trainer.max_steps to go on")
         say(f"TensorBoard logs: {self.folder.tensorboard} (tensorboard --logdir {self.folder.tensorboard})")
@@ -336,7 +339,6 @@ class RunCLI(LightningCLI):
             say(f"last checkpoint: {self.folder.last_checkpoint}")
         for best in best_copies(self.folder.checkpoints)[:1]:
             say(f"best checkpoint: {self.folder.checkpoints / BEST}, of step {best.step} with a val/loss of {best.val_loss:.3f}")
-        leave_if_stopped(self.trainer, self.config_init[self.subcommand]["preemption"])
 
 
 def _without_config(command: str) -> str:

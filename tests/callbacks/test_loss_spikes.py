@@ -75,6 +75,13 @@ def test_without_a_tokenizer_the_ids_are_kept(tmp_path: Path, stubs: ModuleType)
         assert row["token_ids"] == data._train.source.batch(torch.tensor([row["window"]]).numpy())["input_ids"][0].tolist()
 
 
+def test_a_text_that_cannot_be_written_ends_no_run(tmp_path: Path, stubs: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file lies where the folder would be."""
+    (tmp_path / "batches").touch()
+    fit(tmp_path, stubs, stubs.StubData(), [Jump(25, 50.0)], logger=False)
+    assert "its text could not be written: " in capsys.readouterr().out
+
+
 def test_a_quiet_run_has_none(tmp_path: Path, stubs: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     fit(tmp_path, stubs, stubs.StubData(), [], logger=False)
     assert "spike" not in capsys.readouterr().out

@@ -75,6 +75,7 @@ def require_same(folder: Path, other: Path) -> None:
         assert scalars(folder, tag) == scalars(other, tag), tag
 
 
+@pytest.mark.timeout(900)  # five starts of two ranks; a minute on idle cores
 def test_stopped_three_times_and_resumed_to_the_bit(tmp_path: Path, config: Path, uninterrupted: Path) -> None:
     folder, before = tmp_path / "run", 0
     for number, ranks, skew in ((signal.SIGTERM, (1,), 0.0), (signal.SIGUSR1, (0,), 0.0), (signal.SIGTERM, (0, 1), 0.3)):

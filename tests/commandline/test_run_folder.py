@@ -180,7 +180,14 @@ def test_a_start_that_fails_moves_nothing(finished_run: Path, tiny_config: Path,
 
 def test_what_the_new_run_has_made_by_then_stays(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    for name in ("checkpoints/last.ckpt", "tb/events.1", "memory/request", "config.yaml", "data/sample"):
+    for name in (
+        "checkpoints/last.ckpt",
+        "tb/events.1",
+        "memory/request",
+        "batches/step=000003-rank=0.jsonl",
+        "config.yaml",
+        "data/sample",
+    ):
         (folder.root / name).parent.mkdir(parents=True, exist_ok=True)
         (folder.root / name).write_text("old")
     files = folder.run_files()
@@ -188,7 +195,12 @@ def test_what_the_new_run_has_made_by_then_stays(tmp_path: Path) -> None:
     (folder.checkpoints / "last.ckpt").unlink()
     aside = folder.set_aside(files)
     assert aside == folder.root / "earlier" / "001"
-    assert {str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()} == {"tb/events.1", "memory/request", "config.yaml"}
+    assert {str(path.relative_to(aside)) for path in aside.rglob("*") if path.is_file()} == {
+        "tb/events.1",
+        "memory/request",
+        "batches/step=000003-rank=0.jsonl",
+        "config.yaml",
+    }
     assert [path.name for path in folder.tensorboard.iterdir()] == ["events.2"]
     assert (folder.root / "data" / "sample").is_file()
 

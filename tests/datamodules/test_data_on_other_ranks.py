@@ -43,7 +43,9 @@ class Keep(Callback):
         self.folder, self.save_at, self.kill = folder, save_at, kill
 
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
-        torch.save(torch.stack(module.rows), self.folder / f"rank-{trainer.global_rank}.pt")
+        whole = self.folder / f"rank-{trainer.global_rank}.pt"
+        torch.save(torch.stack(module.rows), whole.with_suffix(".part"))
+        whole.with_suffix(".part").replace(whole)  # the launcher may kill this rank at any moment, once another has gone
         if trainer.global_step == self.save_at and not trainer.fit_loop._should_accumulate():
             trainer.save_checkpoint(self.folder / "step.ckpt")
         if self.kill == (trainer.global_rank, trainer.global_step):
