@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from curves import machine
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
+from train_step_worker import RandomTokens
 
 from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RandomStates
 from lightning_modules import MMRecLightningModule
@@ -37,18 +37,6 @@ WARMUP = 5  # steps: compiling, capturing
 TINY = "cpu_tiny"
 
 Row = dict[str, Any]
-
-
-class MadeUpTokens(IterableDataset):
-    """Batches without end, labels shifted by one; drawn once, so that the host spends nothing on them."""
-
-    def __init__(self, batch: int, seq_len: int, vocab_size: int) -> None:
-        tokens = torch.randint(vocab_size, (4, batch, seq_len + 1), generator=torch.Generator().manual_seed(0))
-        self.batches = [{"input_ids": part[:, :-1].contiguous(), "labels": part[:, 1:].contiguous()} for part in tokens]
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        while True:
-            yield from self.batches
 
 
 class Stretches(Callback):
@@ -158,7 +146,7 @@ def measure(options: Namespace, folder: Path) -> dict[str, Any]:
         callbacks=[RandomStates(), stretches],
     )
     batch = options.batch_size or data["batch_size"]
-    tokens = MadeUpTokens(batch, data["seq_len"], network.vocab_size)
+    tokens = RandomTokens(batch, data["seq_len"], network.vocab_size)
     trainer.fit(module, DataLoader(tokens, batch_size=None, pin_memory=where.type == "cuda"))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return {
