@@ -161,8 +161,7 @@ def read_steps(folder: Path, rank: int = 0) -> dict[int, tuple[float, float]]:
 
 
 def main(options: dict[str, Any]) -> None:
-    """Train as the options say; a run that hangs ends with its stacks."""
-    faulthandler.dump_traceback_later(120, exit=True)
+    """Train as the options say."""
     options = copy.deepcopy(options)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -211,4 +210,5 @@ def _fail_saves(steps: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(120, exit=True)  # a run that hangs ends with its stacks
     main(json.loads(sys.argv[1]))

@@ -249,9 +249,9 @@ def test_a_config_can_give_every_option() -> None:
     assert (strategy.gradients, strategy.reduce_every_micro_batch, strategy.process_group_backend) == ("fp32", False, "gloo")
     assert strategy._timeout is not None
     assert strategy._timeout.total_seconds() == 90
-    with pytest.raises(ValueError, match=r"^trainer\.strategy: timeout_seconds is 0; give a number above 0$"):
+    with pytest.raises(ValueError, match=r"^trainer\.strategy\.timeout_seconds is 0; give a number above 0, at most 2592000$"):
         FSDP2Strategy(timeout_seconds=0)
-    with pytest.raises(ValueError, match=r"^trainer\.strategy: gradients is fp8; give one of full, bf16, fp32$"):
+    with pytest.raises(ValueError, match=r"^trainer\.strategy\.gradients is fp8; give one of full, bf16, fp32$"):
         FSDP2Strategy(gradients="fp8")  # type: ignore[arg-type]
 
 
