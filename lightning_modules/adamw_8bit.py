@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torchao.optim import AdamW8bit
 from torchao.optim.adam import single_param_adam
 
+from callbacks.shards import local_part
 from mmrec.measuring.late_values import LateValues
 from mmrec.ops.adamw_8bit import BLOCK, Moment, adamw_8bit_, step_numbers, step_seed
 from mmrec.ops.common import state_dtype
@@ -35,7 +36,7 @@ class FusedAdamW8bit(AdamW8bit):
 
     def divides_gradients(self) -> bool:
         """Whether `step` runs as kernels, which take `grad_scale` and `found_inf`."""
-        tensors = [_local(p) for group in self.param_groups for p in group["params"]]
+        tensors = [local_part(p) for group in self.param_groups for p in group["params"]]
         plain = self.block_size == BLOCK and not any(group["amsgrad"] for group in self.param_groups)
         return plain and all(runs_kernel(t, state_dtype(t)) and t.is_contiguous() for t in tensors)
 
@@ -61,7 +62,7 @@ class FusedAdamW8bit(AdamW8bit):
                 state = self._state_of(parameter)
                 state["step"] += 1
                 counts.append(state["step"])
-                weight, gradient = _local(parameter), _local(parameter.grad)
+                weight, gradient = local_part(parameter), local_part(parameter.grad)
                 if not weight.numel():  # more ranks than rows
                     continue
                 if not kernels:
@@ -90,7 +91,7 @@ class FusedAdamW8bit(AdamW8bit):
     def _step_of_shard(self, group: dict[str, Any], weight: Tensor, gradient: Tensor, state: dict[str, Tensor]) -> None:
         """torchao's own step of what this rank holds; of shards as such torch 2.13 cannot compile it, with moments of 8 bits."""
         stochastic = self.bf16_stochastic_round and weight.dtype is torch.bfloat16
-        moments = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        moments = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
         numbers = group["lr"], *group["betas"], group["weight_decay"], group["eps"]
         single_param_adam(weight, gradient, state["step"], *moments, None, *numbers, True, stochastic)
 
@@ -121,10 +122,6 @@ class FusedAdamW8bit(AdamW8bit):
         return state
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _moment(state: Tensor) -> Moment:
-    local = _local(state)
+    local = local_part(state)
     return Moment(local.codes, local.scale) if hasattr(local, "codes") else Moment(local, None)

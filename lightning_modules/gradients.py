@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_
 from torch.optim import Optimizer
 
+from callbacks.shards import local_part
 from lightning_modules.skipping import divides_gradients, skip_unless_finite
 from mmrec.model import MMRecModel
 
@@ -22,7 +23,7 @@ def total_norm(tensors: list[Tensor]) -> Tensor:
     Of tensors in shards it is the norm over all ranks, in one collective; those that are whole count once.
     """
     shards = [tensor for tensor in tensors if isinstance(tensor, DTensor)]
-    norm = _plain_norm([tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in shards or tensors])
+    norm = _plain_norm([local_part(tensor) for tensor in shards or tensors])
     if not shards:
         return norm
     squares = norm.double().square()

@@ -14,6 +14,8 @@ from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from callbacks.shards import local_part
+
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
     """A module's `state_dict` with whole tensors on the CPU, on rank 0; {} on all others. A collective, one tensor at a time."""
@@ -78,7 +80,7 @@ def load_optimizer_state(optimizer: Optimizer, state: Mapping[str, Any]) -> None
 
 def is_8_bit(value: Any) -> bool:
     """Whether a moment, or this rank's part of it, is held in torchao's 8 bits: codes, and a scale for each so many of them."""
-    local = value.to_local() if isinstance(value, DTensor) else value
+    local = local_part(value)
     return type(local).__name__ == "OptimState8bit"
 
 
