@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,10 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         error, self._error = self._error, None
         if error is not None:
             raise error
+
+    def linger(self, seconds: float) -> None:
+        """Wait so long at most; raises nothing. For a thread that is about to end the process."""
+        wait(list(self._jobs), seconds)
 
     def teardown(self) -> None:
         """Wait, and give thread and memory back. A failed write not told of yet is raised, or printed behind an error under way."""

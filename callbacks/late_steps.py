@@ -41,9 +41,10 @@ class StepRecord:
 
 
 class LateSteps(Callback):
-    """Calls `step_done` for every optimiser step, LAG steps after it, and for the last ones at the end of training.
+    """Calls `step_done` for every optimiser step, LAG steps after it; for the last ones at the end of training, or before a checkpoint.
 
-    The module must have `last_step_loss` and `last_gradient_norm`, 0-dim tensors on its device.
+    So a checkpoint's state of the callback is that after all steps before it. The module must have `last_step_loss` and
+    `last_gradient_norm`, 0-dim tensors on its device.
     """
 
     def __init__(self) -> None:
@@ -72,8 +73,16 @@ class LateSteps(Callback):
         while len(self._waiting) > LAG:
             self._finish(trainer, pl_module)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Read what is left, and put the state after it in the place of the one before."""
+        self._finish_all(trainer, pl_module)
+        checkpoint["callbacks"][self.state_key] = self.state_dict()
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read what is left."""
+        self._finish_all(trainer, pl_module)
+
+    def _finish_all(self, trainer: Trainer, pl_module: Any) -> None:
         while self._waiting:
             self._finish(trainer, pl_module)
 

@@ -3,6 +3,7 @@
 import math
 import os
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -10,12 +11,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed as dist
 
+from callbacks.background_checkpoint_io import BackgroundCheckpointIO
 from callbacks.rank_monitor import RankMonitor
 
 # Ways to end that are no failure of one rank: all ranks take them together, each with its own exit code.
 _ORDERLY = (KeyboardInterrupt, SystemExit, SIGTERMException)
 # What a collective says on a rank whose peer has gone.
 _OF_PEERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out", "broken pipe")
+_WRITE_SECONDS = 20.0  # given to a checkpoint under way before the process ends: with the time to find a dead rank, less than a minute
 _LONGEST = 1000  # characters of an error that all ranks repeat
 
 
@@ -23,10 +26,11 @@ class RankWatch(Callback):
     """Runs a RankMonitor beside a `fit` of several ranks.
 
     A rank that raises says so first, and the others end a moment later with its error as the cause. A rank that was killed, or whose
-    machine is gone, is found by its missing beats. Where nothing new has happened for `hang_after_seconds` on a rank (no batch of training
-    or validation, no checkpoint), all print their stacks and end: keep it below the process group's own timeout (30 minutes for gloo, 10
-    for NCCL unless the strategy says otherwise), which would end one rank without the others' stacks, and above the longest that a
-    compilation or a checkpoint takes. All end with exit code 1 but the one whose error it was. It does nothing where one process trains.
+    machine is gone, is found by its missing beats; a checkpoint that another is writing then has 20 s to be finished. Where nothing new has
+    happened for `hang_after_seconds` on a rank (no batch of training or validation, no checkpoint), all print their stacks and end: keep it
+    below the process group's own timeout (30 minutes for gloo, 10 for NCCL unless the strategy says otherwise), which would end one rank
+    without the others' stacks, and above the longest that a compilation or a checkpoint takes. All end with exit code 1 but the one whose
+    error it was. It does nothing where one process trains.
     """
 
     def __init__(self, interval_seconds: float = 2.0, dead_after_seconds: float = 30.0, hang_after_seconds: float = 540.0) -> None:
@@ -70,6 +74,7 @@ class RankWatch(Callback):
             interval=self.interval_seconds,
             dead_after=self.dead_after_seconds,
             hang_after=self.hang_after_seconds,
+            leave=partial(_leave, trainer),
         )
         self._monitor.start()
 
@@ -117,6 +122,14 @@ class RankWatch(Callback):
         if self._monitor is not None:
             self._monitor.stop()
             self._monitor = None
+
+
+def _leave(trainer: Trainer, code: int) -> None:
+    """End the process, after the checkpoint that a thread may be writing."""
+    io = trainer.strategy.checkpoint_io
+    if isinstance(io, BackgroundCheckpointIO):
+        io.linger(_WRITE_SECONDS)
+    os._exit(code)
 
 
 def _is_of_peers(exception: BaseException) -> bool:

@@ -16,8 +16,8 @@ class SkippedSteps(LateSteps):
     """Logs `train/skipped_steps`, how many of the run so far, at every logged step, and says of each which it was.
 
     The module skips them by itself, on all ranks at once (`lightning_modules.skipping`); here they are read two steps later, so that
-    nothing waits, and a run ends two steps after the last that it may skip. Batches go to `batches/` in the run's folder, on every rank:
-    which of them spoiled the gradient is not known once it is reduced.
+    nothing waits, and a run ends at most two steps after the last that it may skip. Batches go to `batches/` in the run's folder, on every
+    rank: which of them spoiled the gradient is not known once it is reduced.
     """
 
     def __init__(self, max_in_row: int = 10) -> None:
@@ -58,12 +58,12 @@ class SkippedSteps(LateSteps):
             )
 
     def state_dict(self) -> dict[str, int]:
-        """The count of the run."""
-        return {"skipped": self.skipped}
+        """The count of the run, and of the latest row."""
+        return {"skipped": self.skipped, "in_row": self.in_row}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """Count on."""
-        self.skipped = state_dict["skipped"]
+        self.skipped, self.in_row = state_dict["skipped"], state_dict.get("in_row", 0)
 
 
 def diagnosis(module: nn.Module) -> str:

@@ -1,8 +1,8 @@
 """Ranks of one job as forks of the test's process: what is imported here need not be imported there again."""
 
+import json
 import multiprocessing
 import os
-import socket
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,14 +10,7 @@ from typing import Any
 
 import fault_run
 import torch
-
-
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+from processes import environment, free_port, run_python
 
 
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any, seconds: float = 120) -> list[int | None]:
@@ -37,7 +30,15 @@ def run_ranks(function: Callable[..., None], world: int, *arguments: Any, second
 def train_on_ranks(options: Mapping[str, Any], world: int) -> list[dict[str, Any]]:
     """`fault_run.train` on ranks, to the end; what each left."""
     codes = run_ranks(fault_run.train, world, {**options, "devices": world})
-    assert codes == [0] * world
+    if codes != [0] * world:
+        raise AssertionError(f"the ranks ended with {codes}; None: not within the time given")
+    return fault_run.results(options["folder"], world)
+
+
+def train_in_processes(options: Mapping[str, Any], world: int, seconds: float = 300, **variables: str) -> list[dict[str, Any]]:
+    """The same in processes that share nothing with the test's, whose threads a fork would lack: for what compiles, or needs a GPU."""
+    given = json.dumps({**options, "devices": world}, default=str)
+    run_python(fault_run.__file__, given, seconds=seconds, env=environment(**variables))
     return fault_run.results(options["folder"], world)
 
 

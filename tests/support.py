@@ -1,5 +1,6 @@
 """What the tests share: one table of tolerances, how far two tensors are apart, which operators were called."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ def assert_same(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = No
     error = relative_error(actual, expected)
     limit = TOLERANCE[dtype if dtype is not None else actual.dtype] if limit is None else limit
     assert error <= limit, f"{what}: relative error {error:.2e} > {limit:.0e}"
+
+
+def same_tensors(one: Mapping[Any, Tensor], other: Mapping[Any, Tensor]) -> bool:
+    """Whether both have the same names, and under each the same tensor to the bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)
 
 
 class RecordedOperators(TorchDispatchMode):

@@ -1,22 +1,15 @@
 """benchmarks/kills.py: killed at random moments, also while a checkpoint is being written, runs end as if nothing had happened."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
+from processes import ROOT, run_python
 
 
 def killed(count: int, output: Path) -> dict[str, Any]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", str(count), "--output", str(output)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=output.parent)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+    run_python(ROOT / "benchmarks" / "kills.py", "--kills", count, "--output", output, seconds=1800, cwd=output.parent)
     return json.loads(output.read_text())
 
 

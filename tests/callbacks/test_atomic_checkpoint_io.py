@@ -1,6 +1,5 @@
 """A checkpoint is there and whole, or not there; what cannot be written or read is one line."""
 
-import os
 import resource
 import signal
 import subprocess
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import environment
 
 from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -105,9 +103,10 @@ for step in range(10_000):
 
 def test_a_kill_at_any_moment_leaves_whole_files(io: AtomicCheckpointIO, tmp_path: Path) -> None:
     """One process that saves all the time, killed after more and more saves, at whatever point the next one has come to."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for saves in (1, 5):
-        with subprocess.Popen([sys.executable, "-c", SAVER, str(tmp_path)], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, "-c", SAVER, str(tmp_path)], env=environment(), stdout=subprocess.PIPE, text=True
+        ) as process:
             assert process.stdout is not None
             for _ in range(saves):
                 printed = int(process.stdout.readline())

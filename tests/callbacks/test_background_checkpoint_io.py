@@ -1,6 +1,5 @@
 """A checkpoint written behind the training: what it holds, how many at a time, what becomes of errors, and that nothing is left undone."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -11,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from processes import environment
 
 from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO
 
-ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 30.0
 
 
@@ -71,6 +70,17 @@ def test_the_file_is_that_of_the_plain_one_to_the_byte(io: BackgroundCheckpointI
         (tmp_path / "behind.ckpt").unlink()
     loaded = io.load_checkpoint(tmp_path / "plain.ckpt")["state_dict"]
     assert loaded["embedding"].data_ptr() == loaded["head"].data_ptr()
+
+
+def test_a_thread_can_wait_for_a_write_but_not_for_ever(io: BackgroundCheckpointIO, gate: Gate, tmp_path: Path) -> None:
+    io.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    io.linger(0.01)
+    assert not (tmp_path / "a.ckpt").exists()
+    waiting = threading.Thread(target=io.linger, args=(PATIENCE,))
+    waiting.start()
+    gate.open.set()
+    waiting.join()
+    assert (tmp_path / "a.ckpt").exists()
 
 
 def test_the_file_holds_what_was_there_when_it_was_saved(io: BackgroundCheckpointIO, gate: Gate, tmp_path: Path) -> None:
@@ -177,8 +187,7 @@ for step in (1, 2):
 
 def saving_process(folder: Path, seconds: float) -> subprocess.Popen[str]:
     """A process that has written step 1, takes `seconds` to write step 2, and has nothing else left to do."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(seconds)], env=environment, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", SLOW, str(folder), str(seconds)], env=environment(), stdout=subprocess.PIPE, text=True)
 
 
 def test_a_process_ends_after_its_last_write_and_a_kill_in_it_leaves_the_one_before(io: BackgroundCheckpointIO, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
+from processes import ROOT, run_python
 
 from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RunCheckpoint
 from mmrec.files import read_checkpoint
 
 IOS = [AtomicCheckpointIO, BackgroundCheckpointIO]
-ROOT = Path(__file__).resolve().parents[2]
 
 
 class At(Callback):
@@ -179,10 +178,8 @@ def test_a_disk_that_really_becomes_read_only(io: type, tmp_path: Path, stubs: M
 @pytest.mark.parametrize("kind", ["background", "atomic"])
 def test_two_ranks_go_on_and_stop_together(kind: str, tmp_path: Path) -> None:
     """The writes of steps 4 and, for good, from 8 on fail on rank 0, the only one that writes."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     options = {"folder": str(tmp_path), "max_steps": 9, "devices": 2, "strategy": "ddp", "io": kind, "failing_saves": [4, 8, 9]}
-    command = [sys.executable, str(ROOT / "tests" / "stub_run.py"), json.dumps(options)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False, cwd=tmp_path)
+    ended = run_python(ROOT / "tests" / "stub_run.py", json.dumps(options), expect=None, cwd=tmp_path)
     assert ended.returncode in (1, -signal.SIGKILL), ended.stderr  # Lightning's launcher kills rank 0 where it sees rank 1 gone before it
     lines = ended.stderr.splitlines()
     assert sum("(1 of at most 3 failures in a row)" in line for line in lines) == 2

@@ -5,17 +5,20 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import fault_run
 import pytest
+import torch
+from processes import environment, session
 
-from callbacks import RankWatch
+from callbacks import BackgroundCheckpointIO, RankWatch, rank_watch
 from callbacks.rank_watch import _is_of_peers
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parents[1] / "fault_run.py"
 QUICK = {"interval_seconds": 0.5, "dead_after_seconds": 6.0, "hang_after_seconds": 60.0}
 
@@ -23,36 +26,22 @@ QUICK = {"interval_seconds": 0.5, "dead_after_seconds": 6.0, "hang_after_seconds
 def run(folder: Path, faults: list[dict[str, Any]], watch: dict[str, Any] | None = None, **options: Any) -> tuple[int, str, float]:
     """Exit code of rank 0, what all ranks said on the standard error, and seconds until every process had ended."""
     options = {"folder": str(folder), "faults": faults, "watch": watch or QUICK, "devices": 2, "strategy": "ddp", "max_steps": 20} | options
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     begin = time.monotonic()
     with open(folder / "stderr", "w+b") as errors:
         process = subprocess.Popen(
             [sys.executable, str(SCRIPT), json.dumps(options)],
-            env=environment,
+            env=environment(),
             cwd=folder,
             stdout=errors,
             stderr=errors,
             start_new_session=True,
         )
         code = process.wait(120)
-        while _session(process.pid):  # the other rank, which is nobody's child once rank 0 has gone
+        while session(process.pid):  # the other rank, which is nobody's child once rank 0 has gone
             assert time.monotonic() - begin < 120, "a rank is left over"
             time.sleep(0.1)
         errors.seek(0)
         return code, errors.read().decode(), time.monotonic() - begin
-
-
-def _session(leader: int) -> list[int]:
-    """Processes of a session that have not ended."""
-    found = []
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = status.read_text().rpartition(")")[2].split()
-        except OSError:  # ended meanwhile
-            continue
-        if int(fields[3]) == leader and fields[0] != "Z":
-            found.append(int(status.parent.name))
-    return found
 
 
 def first_line(errors: str, pattern: str) -> str:
@@ -113,6 +102,23 @@ def test_one_process_is_not_watched(tmp_path: Path) -> None:
     trainer = fault_run.train({"folder": tmp_path, "watch": QUICK, "max_steps": 2})
     (watch,) = [callback for callback in trainer.callbacks if isinstance(callback, RankWatch)]
     assert watch._monitor is None
+
+
+def test_a_process_ends_after_the_checkpoint_that_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    io, let = BackgroundCheckpointIO(), threading.Event()
+    real = torch.save
+    monkeypatch.setattr(torch, "save", lambda *arguments: (let.wait(60), real(*arguments)))
+    io.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
+    there: list[bool] = []
+    monkeypatch.setattr(os, "_exit", lambda code: there.append((tmp_path / "a.ckpt").exists()))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io))
+    monkeypatch.setattr(rank_watch, "_WRITE_SECONDS", 0.01)
+    rank_watch._leave(trainer, 1)
+    monkeypatch.setattr(rank_watch, "_WRITE_SECONDS", 60.0)
+    let.set()
+    rank_watch._leave(trainer, 1)
+    assert there == [False, True]
+    io.teardown()
 
 
 def test_which_errors_come_from_another_rank() -> None:

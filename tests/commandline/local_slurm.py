@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from processes import free_port
+
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel", "sinfo")
 NODES = ("n1", "n2")
 
@@ -23,12 +25,6 @@ def what_is_missing() -> str | None:
 
 def _path() -> str:
     return f"{os.environ['PATH']}:/usr/sbin"
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 class LocalSlurm:
@@ -53,7 +49,7 @@ class LocalSlurm:
         settings = {
             "ClusterName": "local",
             "SlurmctldHost": f"{host}(127.0.0.1)",
-            "SlurmctldPort": _free_port(),
+            "SlurmctldPort": free_port(),
             "SlurmUser": "root",
             "SlurmdUser": "root",
             "AuthType": "auth/munge",
@@ -76,7 +72,7 @@ class LocalSlurm:
         lines = [f"{name}={value}" for name, value in settings.items()]
         for node in NODES:
             (folder / f"spool-{node}").mkdir()
-            lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={_free_port()} CPUs={cores} RealMemory=1000")
+            lines.append(f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs={cores} RealMemory=1000")
         return "\n".join([*lines, f"PartitionName=main Nodes={','.join(NODES)} Default=YES MaxTime=INFINITE State=UP", ""])
 
     def start(self) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from processes import environment, session
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("slow_fit.py")
 TWO_RANKS = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
 DEADLINE = 120.0  # seconds until a run has come somewhere; the machine may be busy
@@ -43,14 +43,19 @@ class SlowRun:
         self.marks.mkdir(exist_ok=True)
         for old in self.marks.iterdir():
             old.unlink()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-        environment |= {"SLOW_MARKS": str(self.marks), "SLOW_STEP": str(step_seconds), "SLOW_PAUSE": str(pause)}
-        environment |= {"SLOW_STAGE": stage} if stage else {}
-        environment["PYTHONFAULTHANDLER"] = "1"  # a run that hangs is ended by SIGABRT, and shows where it was
+        variables = {"SLOW_MARKS": str(self.marks), "SLOW_STEP": str(step_seconds), "SLOW_PAUSE": str(pause)}
+        variables |= {"SLOW_STAGE": stage} if stage else {}
+        variables["PYTHONFAULTHANDLER"] = "1"  # a run that hangs is ended by SIGABRT, and shows where it was
         command = [sys.executable, str(SCRIPT), "fit", "--config", str(config), "--trainer.default_root_dir", str(folder), *options]
         self.log = (self.marks / "log").open("w+")
         self.process = subprocess.Popen(
-            command, env=environment, stdout=self.log, stderr=subprocess.STDOUT, text=True, start_new_session=True, cwd=folder.parent
+            command,
+            env=environment(**variables),
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+            cwd=folder.parent,
         )
 
     def output(self) -> str:
@@ -106,21 +111,9 @@ class SlowRun:
 
     def everybody(self) -> list[int]:
         """All processes of the run, the data workers among them."""
-        return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit() and _session(entry) == self.process.pid]
-
-
-def _session(process: Path) -> int:
-    try:
-        return int((process / "stat").read_text().rpartition(")")[2].split()[3])
-    except OSError:  # it has just ended
-        return -1
+        return session(self.process.pid)
 
 
 def weights(folder: Path) -> dict[str, Any]:
     """The parameters in a run's last checkpoint."""
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-
-
-def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two networks are equal to the bit."""
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in other)

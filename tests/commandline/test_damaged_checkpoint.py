@@ -4,13 +4,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from cli_support import event_files, scalars, scalars_of
+from processes import run_python
 
 from mmrec.checkpoint_files import copies
 
@@ -103,13 +103,9 @@ def test_two_ranks_take_the_same_one(run: Path, tiny_config: Path, tmp_path: Pat
     content["trainer"] |= {"devices": 2, "strategy": "ddp"}
     (tmp_path / "two.yaml").write_text(yaml.safe_dump(content))
     shutil.rmtree("run")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "mmrec.cli", "fit", "--config", "two.yaml", "--trainer.default_root_dir", "run"]
 
     def fit(*options: str) -> str:
-        ended = subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
-        assert ended.returncode == 0, ended.stdout + ended.stderr
-        return ended.stdout
+        return run_python("-m", "mmrec.cli", "fit", "--config", "two.yaml", "--trainer.default_root_dir", "run", *options).stdout
 
     fit("--trainer.max_steps", "5")
     newest, before = copies(run / "checkpoints")

@@ -1,28 +1,22 @@
 """`doctor --distributed`: the processes of a job add up a tensor; a wrong sum, a slow network, a missing process are told."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_support import CommandLine
+from processes import run_python
 
 from mmrec.commandline import distributed_check
 from mmrec.commandline.distributed_check import RankReport, faults, lines, machines, processes_here
 from mmrec.commandline.errors import BadInputError
 
-ROOT = Path(__file__).parents[2]
 GOOD = [RankReport(0, "n1", "CPU", 0, 1.5), RankReport(1, "node-2", "CPU", 0, 1.25)]
 
 
 def test_two_processes(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mmrec.cli", "doctor", "--distributed", "--processes", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_python("-m", "mmrec.cli", "doctor", "--distributed", "--processes", "2", seconds=250)
     assert [line.split()[:2] for line in done.stdout.splitlines()] == [["rank", "0"], ["rank", "1"]]
     assert all("sum right" in line and "GB/s" in line for line in done.stdout.splitlines())
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 import yaml
 from cli_support import scalars
-from signal_runs import TWO_RANKS, SlowRun, Stopped, same, weights
+from signal_runs import TWO_RANKS, SlowRun, Stopped, weights
+from support import same_tensors
 
 from mmrec.measuring.machine import machine
 from mmrec.measuring.results import write_rows
@@ -70,7 +71,7 @@ def require_stopped(stopped: Stopped, number: signal.Signals, folder: Path, code
 
 def require_same(folder: Path, other: Path) -> None:
     """Two runs ended with the same parameters, and their curves are the same, to the bit."""
-    assert same(weights(folder), weights(other))
+    assert same_tensors(weights(folder), weights(other))
     for tag in ("train/loss", "train/grad_norm", "train/tokens", "val/loss"):
         assert scalars(folder, tag) == scalars(other, tag), tag
 

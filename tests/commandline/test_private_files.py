@@ -1,18 +1,14 @@
 """Nothing that a command makes can be written by other users, even where the user's umask lets them."""
 
 import os
-import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from cli_support import fit
+from processes import run_python
 
 from mmrec.cli import main
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -50,15 +46,8 @@ def test_run_folder_and_export_are_not_world_writable(no_umask: None, tiny_confi
 
 def test_processes_that_fit_starts_inherit_it(tiny_config: Path, tmp_path: Path) -> None:
     """Two ranks and data workers; the umask is the shell's."""
-    command = [sys.executable, "-m", "mmrec.cli", "fit", "--config", str(tiny_config), "--trainer.default_root_dir", "run"]
+    command = ["-m", "mmrec.cli", "fit", "--config", tiny_config, "--trainer.default_root_dir", "run"]
     command += ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.num_workers", "1", "--trainer.max_steps", "2"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=environment, umask=0, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    try:
-        printed, _ = process.communicate(timeout=200)
-    finally:
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-    assert process.returncode == 0, printed
+    run_python(*command, seconds=200, umask=0)
     assert (tmp_path / "run/checkpoints/last.ckpt").is_file()
     assert writable_by_all(tmp_path) == []

@@ -8,7 +8,8 @@ import pytest
 import yaml
 from cli_support import scalars
 from local_slurm import LocalSlurm, what_is_missing
-from signal_runs import same, weights
+from signal_runs import weights
+from support import same_tensors
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -82,7 +83,7 @@ def test_a_requeued_job_ends_as_an_uninterrupted_one(slurm: LocalSlurm, config: 
     assert sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("step=")) == ["last.ckpt"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["num_nodes"] == 2
     assert len(list((folder / "tb").glob("events.*"))) == 3  # one a start: rank 0 alone writes
-    assert same(weights(folder), weights(uninterrupted))
+    assert same_tensors(weights(folder), weights(uninterrupted))
     for tag, count in (("train/loss", STEPS), ("train/grad_norm", STEPS), ("train/tokens", STEPS), ("val/loss", 1 + STEPS // 10)):
         assert len(scalars(uninterrupted, tag)) == count
         assert scalars(folder, tag) == scalars(uninterrupted, tag), tag

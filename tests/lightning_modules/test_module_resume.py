@@ -1,30 +1,23 @@
 """A killed and resumed run is the uninterrupted one, to the bit; two processes train as one with the doubled batch."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from processes import ROOT, run_python
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "stub_run.py"
 TWO = {"devices": 2, "strategy": "ddp"}
 
 
 def run_process(folder: Path, expect: int = 0, **options: Any) -> str:
     """Train in a process of its own (which may be killed, or start a second); what it printed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), json.dumps({"folder": str(folder), **options})]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False, cwd=folder.parent)
-    assert done.returncode == expect, done.stderr
-    return done.stdout
+    given = json.dumps({"folder": str(folder), **options})
+    return run_python(ROOT / "tests" / "stub_run.py", given, expect=expect, cwd=folder.parent).stdout
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:

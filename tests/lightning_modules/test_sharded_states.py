@@ -1,10 +1,9 @@
 """Whole tensors to shards and back, where rows do not divide evenly and where moments are of 8 bits."""
 
-from typing import Any
-
 import pytest
 import torch
 from ranks import run_ranks
+from support import same_tensors
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -22,10 +21,6 @@ def sharded(shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32) -
     return torch.nn.ParameterList([*map(torch.nn.Parameter, parts), torch.nn.Parameter(tensors[-1])])
 
 
-def same(found: Any, expected: Any) -> bool:
-    return all(torch.equal(found[key], value) for key, value in expected.items()) and found.keys() == expected.keys()
-
-
 def uneven_rows() -> None:
     dist.init_process_group("gloo")
     module = sharded(SHAPES)
@@ -33,7 +28,7 @@ def uneven_rows() -> None:
     weights = {str(index): torch.randn(shape) for index, shape in enumerate(SHAPES)}
     load_weights(module, weights)
     found = whole_weights(module)
-    assert same(found, weights) if dist.get_rank() == 0 else found == {}
+    assert same_tensors(found, weights) if dist.get_rank() == 0 else found == {}
 
     # Two groups, in another order than the module's: states go with their parameters.
     first, second, third, whole = module
@@ -44,7 +39,7 @@ def uneven_rows() -> None:
     load_optimizer_state(optimizer, {"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     assert optimizer.state[first]["exp_avg"].shape == first.shape
     again = whole_optimizer_state(optimizer)["state"]
-    assert all(same(again[index], own) for index, own in state.items()) if dist.get_rank() == 0 else again == {}
+    assert all(same_tensors(again[index], own) for index, own in state.items()) if dist.get_rank() == 0 else again == {}
     dist.destroy_process_group()
 
 

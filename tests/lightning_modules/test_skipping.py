@@ -178,8 +178,22 @@ def test_a_row_begins_anew_after_a_good_step_and_the_count_travels_in_the_checkp
     events.Reload()
     assert [event.value for event in events.Scalars("train/skipped_steps")] == [0, 1, 2, 2, 3, 4, 4, 5, 6, 6, 6, 6]
     checkpoint = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["callbacks"]["SkippedSteps"] == {"skipped": 6}
+    assert checkpoint["callbacks"]["SkippedSteps"] == {"skipped": 6, "in_row": 0}
     assert checkpoint["optimizer_states"][0]["state"][0]["step"] == 6
+
+
+def test_a_row_goes_on_over_a_checkpoint_within_it(tmp_path: Path) -> None:
+    """What the checkpoint says is after all its steps, though each is looked at two steps later."""
+    fault = {"kind": "nan", "rank": 0, "step": 4, "until": 1000}
+    options = {"folder": tmp_path, "faults": [fault], "max_in_row": 3, "checkpoint_every": 3}
+    fault_run.train({**options, "max_steps": 6})
+    sixth = tmp_path / "checkpoints" / "last.ckpt"
+    callbacks = torch.load(sixth, weights_only=True)["callbacks"]
+    assert callbacks["SkippedSteps"] == {"skipped": 2, "in_row": 2}
+    (third,) = (tmp_path / "checkpoints").glob("step=000003-*.ckpt")
+    assert len(torch.load(third, weights_only=True)["callbacks"]["LossSpikes"]["losses"]) == 3
+    with pytest.raises(ValueError, match=r"^3 steps in a row were skipped, up to step 6 "):
+        fault_run.train({**options, "max_steps": 100, "resume": sixth})
 
 
 @pytest.mark.gpu
