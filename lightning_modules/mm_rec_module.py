@@ -100,7 +100,7 @@ class MMRecLightningModule(LightningModule):
             lambda_P_final: where the auxiliary loss's weight ends. None: it stays at network.lambda_P.
             lambda_P_anneal_steps: optimiser steps over which it gets there, linearly.
             optimizer: adamw, fused on a GPU; adamw_8bit, with moments of 8 bits; adamw_bf16, with moments of bf16 and bf16-true. The last
-                two are torchao's (the 8-bit one's step is our kernel on a GPU) and round bf16 weights stochastically.
+                two are torchao's (their step is our kernel on a GPU) and round bf16 weights stochastically.
             fp8: the blocks' large products in FP8 (torchao); slow without compile_blocks.
             compile_blocks: `torch.compile` each block in place.
             cuda_graph: replay forward and backward of a micro-batch as one CUDA graph, so that no launch waits for Python; on one GPU

@@ -30,9 +30,9 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
 
     Args:
         name: `adamw`, PyTorch's, fused on a GPU, its moments in the parameters' dtype; `adamw_8bit`, torchao's, its moments in 8 bits
-            with a scale for each 256 of them, its step our kernel on a GPU; `adamw_bf16`, torchao's with the moments in bf16. The last two
-            round bf16 weights stochastically, so that updates smaller than a weight's last bit are not lost. torchao's own steps compile
-            at first, for 20 s and more.
+            with a scale for each 256 of them; `adamw_bf16`, torchao's with the moments in bf16. The last two round bf16 weights
+            stochastically, so that updates smaller than a weight's last bit are not lost. Their step is our kernel on a GPU; elsewhere
+            torchao compiles its own at first, for 20 s and more.
         groups: AdamW's parameter groups.
         learning_rate: in torchao's optimisers it becomes a 0-dim tensor, which `set_learning_rate` knows.
         betas: decay rates of the moments.
@@ -41,13 +41,10 @@ def make_optimizer(name: str, groups: list[dict[str, Any]], learning_rate: float
     if name == "adamw":
         fused = all(parameter.is_cuda for group in groups for parameter in group["params"])
         return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused or None)
-    optim = import_torchao(f"model.optimizer={name}").optim
-    if name == "adamw_8bit":
-        from lightning_modules.adamw_8bit import FusedAdamW8bit
+    import_torchao(f"model.optimizer={name}")
+    from lightning_modules.lean_adamw import FusedAdamW, FusedAdamW8bit
 
-        kind: Any = FusedAdamW8bit
-    else:
-        kind = optim._AdamW
+    kind: Any = FusedAdamW8bit if name == "adamw_8bit" else FusedAdamW
     optimizer: Optimizer = kind(groups, lr=learning_rate, betas=betas, eps=eps, bf16_stochastic_round=True)
     return optimizer
 

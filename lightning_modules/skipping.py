@@ -28,8 +28,8 @@ def divides_gradients(optimizer: Optimizer) -> bool:
 def skip_unless_finite(optimizer: Any, parameters: list[nn.Parameter], norm: Tensor) -> bool:
     """Make the coming `step` one that changes nothing where `norm` is not finite.
 
-    A fused optimiser reads the answer on the device. Any other is asked for on the host, which waits for a GPU there (`adamw_bf16`), and
-    finds no gradients: it passes such parameters over. `give_gradients_back` undoes that.
+    A fused optimiser reads the answer on the device. Any other is asked for on the host, which waits for a GPU there, and finds no
+    gradients: it passes such parameters over. `give_gradients_back` undoes that.
 
     Args:
         optimizer: the optimiser itself, not Lightning's wrapper.

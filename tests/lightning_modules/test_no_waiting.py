@@ -45,12 +45,13 @@ class NoWaiting(Callback):
         ("bf16-true", {"lambda_P_final": 0.05, "lambda_P_anneal_steps": 8}, {"orthogonalize": True}),
         ("32-true", {}, {"use_dpg": True, "activation_checkpointing": True}),
         ("bf16-true", {"optimizer": "adamw_8bit"}, {"use_uboo": False}),
+        ("bf16-true", {"optimizer": "adamw_bf16"}, {"use_uboo": False}),
         ("bf16-mixed", {}, WINDOWS),
         ("bf16-mixed", {"cuda_graph": True}, WINDOWS),
         ("bf16-mixed", {}, None),
         ("bf16-mixed", {"cuda_graph": True}, None),
     ],
-    ids=["mixed", "compiled", "graph", "normalized", "bf16", "fp32", "8bit", *OTHERS],
+    ids=["mixed", "compiled", "graph", "normalized", "bf16", "fp32", "8bit", "bf16 moments", *OTHERS],
 )
 def test_no_step_waits(
     precision: str, module: dict[str, Any], network: dict[str, Any] | None, accumulate: int, tmp_path: Path, stubs: ModuleType

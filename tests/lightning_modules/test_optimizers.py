@@ -184,15 +184,21 @@ def test_the_memory_table_counts_8_bit_moments() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("shape", [(64, 64), (33, 7)], ids=["8 bits", "too small for them"])
-def test_the_kernels_step_is_torchaos(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("adamw_8bit", (64, 64)), ("adamw_8bit", (33, 7)), ("adamw_bf16", (640, 64))],
+    ids=["8 bits", "too small for them", "the weights' dtype"],
+)
+def test_the_kernels_step_is_torchaos(name: str, shape: tuple[int, ...]) -> None:
     """Of fp32 weights, which are not rounded at random; and it goes on from torchao's own state."""
     torchao = pytest.importorskip("torchao.optim")
     weights = [torch.nn.Parameter(torch.randn(shape, device="cuda")) for _ in range(2)]
     weights[1].data.copy_(weights[0].data)
     groups = [[{"params": [weight], "weight_decay": 0.1}] for weight in weights]
-    ours = make_optimizer("adamw_8bit", groups[0], 1e-2, (0.9, 0.95), 1e-8)
-    theirs = torchao.AdamW8bit(groups[1], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, bf16_stochastic_round=True)
+    ours = make_optimizer(name, groups[0], 1e-2, (0.9, 0.95), 1e-8)
+    theirs = (torchao.AdamW8bit if name == "adamw_8bit" else torchao._AdamW)(
+        groups[1], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, bf16_stochastic_round=True
+    )
     assert ours.divides_gradients()
     for index in range(6):
         if index == 3:  # as through a checkpoint: loaded as they are, moments would be shared

@@ -47,7 +47,7 @@ def moments_of_8_bits() -> None:
     dist.init_process_group("gloo")
     from torchao.optim.subclass_8bit import OptimState8bit
 
-    from lightning_modules.adamw_8bit import FusedAdamW8bit
+    from lightning_modules.lean_adamw import FusedAdamW8bit
 
     # Whole blocks of 256 in each shard, though of 33 and 32 rows; a block that reaches over the border; a parameter that is whole.
     shapes = [(65, 256), (6, 128), (32, 256)]

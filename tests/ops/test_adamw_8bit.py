@@ -10,7 +10,6 @@ from kernel_tools import SHARED_MEMORY, compiled_for
 from support import assert_same
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
-from torch.optim import Optimizer
 
 from lightning_modules.gradients import clip_gradients
 from lightning_modules.optimizers import make_optimizer
@@ -160,19 +159,24 @@ def test_what_does_not_fit_is_refused() -> None:
         step(weight, weight, held[0], Moment(weight, held[1].scale))
 
 
-def optimizers(shape: tuple[int, ...], count: int = 2) -> tuple[list[torch.nn.Parameter], Optimizer]:
+def optimizers(shape: tuple[int, ...], name: str = "adamw_8bit", count: int = 2) -> tuple[list[torch.nn.Parameter], Any]:
     """Weights in groups of their own, the second without decay, and our optimiser."""
     weights = [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]
     groups = [{"params": [weight], "weight_decay": decay} for weight, decay in zip(weights, (0.1, 0.0), strict=True)]
-    return weights, make_optimizer("adamw_8bit", groups, 1e-2, BETAS, EPS)
+    return weights, make_optimizer(name, groups, 1e-2, BETAS, EPS)
 
 
 @pytest.mark.interpreted
-@pytest.mark.parametrize("shape", [(4, BLOCK), (4, 4 * BLOCK)], ids=["float moments", "8 bits"])
-def test_the_optimiser_steps_by_the_kernel(shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("adamw_8bit", (4, BLOCK)), ("adamw_8bit", (4, 4 * BLOCK)), ("adamw_bf16", (4, 4 * BLOCK))],
+    ids=["float moments", "8 bits", "the weights' dtype"],
+)
+def test_the_optimiser_steps_by_the_kernel(name: str, shape: tuple[int, ...]) -> None:
     """Three steps of two groups, clipped in the second; gradients are left alone, and a weight without one."""
     pytest.importorskip("torchao")
-    (weight, other), optimizer = optimizers(shape)
+    (weight, other), optimizer = optimizers(shape, name)
+    assert optimizer.divides_gradients()
     expected, first, second = weight.detach().double(), torch.zeros(shape), torch.zeros(shape)
     for number in (1, 2, 3):
         weight.grad = torch.randn(shape)
@@ -191,7 +195,7 @@ def test_the_optimiser_steps_by_the_kernel(shape: tuple[int, ...]) -> None:
             first, second = (dequantize_naive(moment.codes, moment.scale, moment.signed) for moment in held)
         assert_same(weight, expected, limit=1e-5)
         assert state["step"] == number
-    assert (state["exp_avg"].__class__.__name__ == "OptimState8bit") == (shape[1] > BLOCK)
+    assert (state["exp_avg"].__class__.__name__ == "OptimState8bit") == (name == "adamw_8bit" and shape[1] > BLOCK)
     assert not optimizer.state[other]
 
 

@@ -1,16 +1,19 @@
-"""torchao's 8-bit AdamW with our kernel for its step; imported only where a run asks for that optimiser, as torchao is slow to import.
+"""torchao's AdamW of low memory with our kernel for its step; imported only where a run asks for it, as torchao is slow to import.
 
-torchao compiles a function for every shape, which looks each value up in the map of 256 some twenty times: at 6.6 B parameters its step
-takes as long as a third of the network's forward and backward. The states are torchao's own, so that checkpoints are the same.
+torchao compiles a function for every shape, which of 8-bit moments looks each value up in the map of 256 some twenty times: at 6.6 B
+parameters its step takes as long as a third of the network's forward and backward. And it cannot leave a step out unless the host waits for
+the gradients' norm. The states are torchao's own, so that checkpoints are the same.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torchao.optim import AdamW8bit
+from torch.optim import Optimizer
+from torchao.optim import AdamW8bit, _AdamW
 from torchao.optim.adam import single_param_adam
 
 from callbacks.shards import local_part
@@ -20,8 +23,8 @@ from mmrec.ops.common import state_dtype
 from mmrec.ops.registration import runs_kernel
 
 
-class FusedAdamW8bit(AdamW8bit):
-    """`torchao.optim.AdamW8bit`, one kernel a tensor where Triton runs; its own step elsewhere. In shards, each rank steps what it has.
+class _FusedStep(Optimizer):
+    """The step of both: one kernel a tensor where Triton runs; torchao's own step elsewhere. In shards, each rank steps what it has.
 
     Attributes:
         grad_scale: 0-dim fp32 that kernels divide gradients by, as torch's fused optimisers do, but without changing `.grad`; None:
@@ -32,12 +35,15 @@ class FusedAdamW8bit(AdamW8bit):
 
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
+    block_size: float
+    bf16_stochastic_round: bool
+    _new_buffer: Callable[[Tensor, bool], Tensor]
     _counted: tuple[LateValues, list[Tensor]] | None = None  # what the latest step found, and the counts that it raised
 
     def divides_gradients(self) -> bool:
         """Whether `step` runs as kernels, which take `grad_scale` and `found_inf`."""
         tensors = [local_part(p) for group in self.param_groups for p in group["params"]]
-        plain = self.block_size == BLOCK and not any(group["amsgrad"] for group in self.param_groups)
+        plain = self.block_size in (BLOCK, math.inf) and not any(group["amsgrad"] for group in self.param_groups)
         return plain and all(runs_kernel(t, state_dtype(t)) and t.is_contiguous() for t in tensors)
 
     @torch.no_grad()
@@ -120,6 +126,14 @@ class FusedAdamW8bit(AdamW8bit):
             state["exp_avg"] = self._new_buffer(parameter, True)
             state["exp_avg_sq"] = self._new_buffer(parameter, False)
         return state
+
+
+class FusedAdamW8bit(_FusedStep, AdamW8bit):
+    """`torchao.optim.AdamW8bit`: moments of 8 bits, but for small tensors."""
+
+
+class FusedAdamW(_FusedStep, _AdamW):
+    """torchao's `_AdamW`: moments of the weights' dtype, bf16 weights rounded stochastically."""
 
 
 def _moment(state: Tensor) -> Moment:
