@@ -49,14 +49,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Until nothing is being written: here nothing ever is."""
 
     def load_checkpoint(self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None) -> dict[str, Any]:
-        """Load onto the CPU; the strategy moves the parts to where they belong.
+        """Map the file into memory; the strategy copies the parts to where they belong.
 
-        Never runs what a file holds, whatever `weights_only` says.
+        The ranks of a machine share the pages: of eight that read it into memory of their own each would hold all of it. Never runs what a
+        file holds, whatever `weights_only` says.
 
         Raises:
             FileNotFoundError, ValueError: in one line, see `read_checkpoint`.
         """
-        return read_checkpoint(path, map_location=map_location)
+        return read_checkpoint(path, mmap=True, map_location=map_location)
 
 
 def _tensor_bytes(value: Any) -> Iterator[int]:

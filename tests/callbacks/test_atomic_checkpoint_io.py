@@ -101,6 +101,19 @@ for step in range(10_000):
 """
 
 
+def test_what_is_loaded_is_mapped_and_may_be_written_over(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    """Without a change of the file, and though its name has gone."""
+    path = tmp_path / "a.ckpt"
+    io.save_checkpoint({"weights": torch.ones(100_000)}, path)
+    first = io.load_checkpoint(path)["weights"]
+    assert str(path) in Path("/proc/self/maps").read_text()
+    first.fill_(2.0)
+    second = io.load_checkpoint(path)["weights"]
+    path.unlink()
+    assert torch.equal(second, torch.ones(100_000))
+    assert torch.equal(first, torch.full((100_000,), 2.0))
+
+
 def test_a_kill_at_any_moment_leaves_whole_files(io: AtomicCheckpointIO, tmp_path: Path) -> None:
     """One process that saves all the time, killed after more and more saves, at whatever point the next one has come to."""
     for saves in (1, 5):
