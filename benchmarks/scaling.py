@@ -51,7 +51,9 @@ def work(task: dict[str, Any]) -> int:
         traceback.print_exc()
         answer = {"failed": reason_of(error)}
     write_rows(Path(task["answers"]) / f"{os.environ['RANK']}.json", [answer])
-    return 1 if "failed" in answer else 0
+    if "failed" in answer:
+        os._exit(1)  # at once: the libraries' own end may wait for a rank that waits for this one
+    return 0
 
 
 def measure(task: dict[str, Any], limit: float) -> list[dict[str, Any]]:
@@ -91,19 +93,23 @@ def _reason(folder: Path, rank: int, code: int) -> str:
 
 
 def joined(answers: Sequence[dict[str, Any]]) -> Row:
-    """One row of all ranks: a step takes as long as the slowest says; the memory is the fullest GPU's."""
+    """One row of all ranks: a step takes as long as the slowest says; the memory is the fullest GPU's.
+
+    What communication takes is the rank's that waited least for the others in it.
+    """
     first, worst = answers[0], max(answers, key=lambda answer: answer["ms_per_step"])
     tokens = first["B"] * first["T"] * first["accumulate"] / worst["ms_per_step"] * 1e3
     peak = first.pop("flops_peak")
     times = {name: worst[name] for name in ("ms_per_step", "ms_fastest", "ms_slowest")}
-    reserved = [answer["reserved_gib"] for answer in answers if answer["reserved_gib"] is not None]
+    sent = min(answers, key=lambda answer: answer.get("communication_ms", 0.0))
+    times |= {name: value for name, value in sent.items() if name.startswith("communication_")}
     return first | times | {
         "tokens_per_s": tokens * len(answers),
         "tokens_per_s_per_gpu": tokens,
         "mfu": None if peak is None else tokens * first["flops_per_token"] / peak,
         "peak_gib": max(answer["peak_gib"] for answer in answers),
         "peak_gib_by_gpu": [answer["peak_gib"] for answer in answers],
-        "reserved_gib": max(reserved, default=None),
+        **{name: max((a[name] for a in answers if a[name] is not None), default=None) for name in ("reserved_gib", "in_use_gib")},
     }  # fmt: skip
 
 

@@ -5,8 +5,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from train_step_cases import Case
 from train_step_clock import StepClock
@@ -27,9 +29,21 @@ class ScalingClock(StepClock):
 
     Attributes:
         communication: milliseconds of the step by name; {} where none was seen, as on a CPU.
+        in_use_gib: what the GPU had handed out to this process and its libraries when the steps were over; None on a CPU.
     """
 
     communication: Mapping[str, float] = {}
+    in_use_gib: float | None = None
+
+    def _start_profile(self) -> None:
+        free, total = torch.cuda.mem_get_info(self.device)
+        self.in_use_gib = (total - free) / 2**30
+        # The first start takes as long as it likes on each rank, and the others' kernels would wait for the last one to begin.
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]):
+            pass
+        if dist.is_initialized():
+            dist.barrier()
+        super()._start_profile()
 
     def _end_profile(self) -> None:
         self._wait()
@@ -124,6 +138,7 @@ def run(case: Case, batch: int, strategy: str, gpus: int, gradients: str) -> dic
     loader = DataLoader(RandomTokens(batch, case.seq_len, settings["network"]["vocab_size"]), batch_size=None, pin_memory=on_gpu)
     trainer.fit(module, loader)
     return clock.results() | clock.communication | {
+        "in_use_gib": clock.in_use_gib,
         "config": case.config,
         "strategy": strategy,
         "gpus": gpus,

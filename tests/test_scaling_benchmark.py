@@ -22,7 +22,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 def answer(ms: float, peak: float) -> dict[str, object]:
     times = {"ms_per_step": ms, "ms_fastest": ms - 1, "ms_slowest": ms + 1}
-    return {**times, "B": 2, "T": 50, "accumulate": 3, "peak_gib": peak, "reserved_gib": peak + 1, "flops_per_token": 7, "flops_peak": 1e5}
+    memory = {"peak_gib": peak, "reserved_gib": peak + 1, "in_use_gib": peak + 2}
+    sent = {"communication_ms": ms / 10, "communication_hidden": peak / 10}
+    return {**times, **memory, **sent, "B": 2, "T": 50, "accumulate": 3, "flops_per_token": 7, "flops_peak": 1e5}
 
 
 def test_a_row_is_of_the_slowest_rank_and_the_fullest_gpu(script: ModuleType) -> None:
@@ -32,6 +34,8 @@ def test_a_row_is_of_the_slowest_rank_and_the_fullest_gpu(script: ModuleType) ->
     assert row["mfu"] == pytest.approx(3000 * 7 / 1e5)
     assert (row["ms_per_step"], row["ms_fastest"], row["peak_gib"], row["reserved_gib"]) == (100.0, 99.0, 5.0, 6.0)
     assert row["peak_gib_by_gpu"] == [5.0, 4.0]
+    assert row["in_use_gib"] == 7.0
+    assert (row["communication_ms"], row["communication_hidden"]) == (9.0, 0.5)  # of one rank, the one that waited least
     assert script.joined([answer(90.0, 5.0) | {"flops_peak": None, "reserved_gib": None}])["mfu"] is None
 
 
