@@ -5,11 +5,11 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-import fault_run
 import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from ranks import train_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import LossSpikes
@@ -134,9 +134,9 @@ def test_a_rank_keeps_a_hundred_batches(tmp_path: Path, capsys: pytest.CaptureFi
 def test_each_rank_judges_its_own_and_the_curve_has_both(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """An infinite loss is none: the step is skipped; so rank 1's is made large by hand."""
     logger = TensorBoardLogger(tmp_path, name="tb", version="")
-    options = {"devices": 2, "strategy": "ddp_fork", "max_steps": 24, "log_every_n_steps": 4, "logger": logger}
+    options = {"max_steps": 24, "log_every_n_steps": 4, "logger": logger}
     options |= {"spikes": {"window": WINDOW}, "model": {"learning_rate": 1e-6}}
-    fault_run.train({"folder": tmp_path, "faults": [{"kind": "spike", "rank": 1, "step": 21}], **options})
+    train_on_ranks({"folder": tmp_path, "faults": [{"kind": "spike", "rank": 1, "step": 21}], **options}, 2)
     (line,) = [line for line in capfd.readouterr().out.splitlines() if "spike" in line]
     assert line.startswith("loss spike at step 21, rank 1: ")
     events = EventAccumulator(str(tmp_path / "tb"))

@@ -6,24 +6,23 @@ from typing import Any
 
 import fault_run
 import pytest
+from ranks import run_ranks, train_on_ranks
 
 from callbacks import RankAgreement
 from callbacks.rank_agreement import disagreement
 from datamodules import RecallDataModule
 
-FORK = {"devices": 2, "strategy": "ddp_fork", "max_steps": 2}
-
 
 def test_two_ranks_that_agree_train(tmp_path: Path) -> None:
-    fault_run.train({"folder": tmp_path, "facts": ["fine", "fine"], **FORK})
-    assert [len(result["norms"]) for result in fault_run.results(tmp_path, 2)] == [2, 2]
+    found = train_on_ranks({"folder": tmp_path, "facts": ["fine", "fine"], "max_steps": 2}, 2)
+    assert [len(result["norms"]) for result in found] == [2, 2]
 
 
-def test_two_that_do_not_are_told_what_and_which(tmp_path: Path) -> None:
-    with pytest.raises(
-        Exception, match="ValueError: the ranks disagree on the weather: rank 0 has fine; rank 1 has rain; start all of them"
-    ):
-        fault_run.train({"folder": tmp_path, "facts": ["fine", "rain"], **FORK})
+def test_two_that_do_not_are_told_what_and_which(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    options = {"folder": tmp_path, "facts": ["fine", "rain"], "max_steps": 2, "devices": 2, "strategy": "ddp"}
+    assert run_ranks(fault_run.train, 2, options) == [1, 1]
+    line = "ValueError: the ranks disagree on the weather: rank 0 has fine; rank 1 has rain; start all of them"
+    assert capfd.readouterr().err.count(line) == 2
     assert not list(tmp_path.glob("result-*"))
 
 

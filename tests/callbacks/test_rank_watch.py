@@ -15,6 +15,7 @@ import fault_run
 import pytest
 import torch
 from processes import environment, session
+from ranks import train_on_ranks
 
 from callbacks import BackgroundCheckpointIO, RankWatch, rank_watch
 from callbacks.rank_watch import _is_of_peers
@@ -94,8 +95,7 @@ def test_any_rank_any_way(kind: str, rank: int, step: int, watch: dict[str, floa
 
 
 def test_a_run_that_ends_well_is_let_go(tmp_path: Path) -> None:
-    fault_run.train({"folder": tmp_path, "watch": QUICK, "devices": 2, "strategy": "ddp_fork", "max_steps": 3})
-    assert [len(result["norms"]) for result in fault_run.results(tmp_path, 2)] == [3, 3]
+    assert [len(result["norms"]) for result in train_on_ranks({"folder": tmp_path, "watch": QUICK, "max_steps": 3}, 2)] == [3, 3]
 
 
 def test_one_process_is_not_watched(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import fault_run
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from ranks import train_on_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader
 
@@ -17,7 +18,6 @@ from lightning_modules.gradients import clip_gradients
 from lightning_modules.optimizers import make_optimizer
 from lightning_modules.skipping import give_gradients_back, spoiled_unless_finite
 
-FORK = {"devices": 2, "strategy": "ddp_fork"}
 KINDS = [
     ("adamw", "cpu", torch.float32, False),
     ("adamw", "cpu", torch.float32, True),
@@ -139,9 +139,8 @@ def test_a_bad_micro_batch_skips_its_whole_step(kind: str, accumulate: int, micr
 def test_on_one_rank_of_two_it_is_skipped_on_both(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """NaN in a batch of rank 1, later an overflow in a gradient of rank 0: both ranks skip both, count them, and go on as one."""
     faults = [{"kind": "nan", "rank": 1, "step": 2}, {"kind": "overflow", "rank": 0, "step": 4, "micro_batch": 1}]
-    options = {"accumulate_grad_batches": 2, "max_steps": 7, "weights": True, "checkpoint_every": 3, **FORK}
-    fault_run.train({"folder": tmp_path, "faults": faults, **options})
-    ranks = fault_run.results(tmp_path, 2)
+    options = {"accumulate_grad_batches": 2, "max_steps": 7, "weights": True, "checkpoint_every": 3}
+    ranks = train_on_ranks({"folder": tmp_path, "faults": faults, **options}, 2)
     for result in ranks:
         assert result["skipped"] == [2]
         assert [step for step, norm in enumerate(result["norms"]) if not math.isfinite(norm)] == [2, 4]

@@ -8,10 +8,10 @@ import pytest
 import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
+from ranks import train_on_ranks
 
 from lightning_modules.strategies import TunedDDPStrategy
 
-FORK = {"start_method": "fork"}
 # With a large ε, Adam does not turn the rounding of tiny gradients into steps of full size; at ten times this rate the network's path is
 # unstable, and rounding alone drives two runs apart by a thousandth within fifty steps.
 MODEL = {"eps": 1e-3, "learning_rate": 1e-3, "network": {"planning_loss": "normalized"}}
@@ -21,10 +21,9 @@ def curve(folder: Path, ranks: int, steps: int, **options: Any) -> dict[str, Any
     """Losses and norms of a run over global batches of eight sequences a step."""
     micro_batches = options.get("accumulate_grad_batches", 1)
     settings = {"max_steps": steps, "data": {"batch_size": 8 // ranks // micro_batches}, "model": MODEL, **options}
-    if ranks > 1:
-        settings = {"devices": ranks, "strategy": "ddp_fork"} | settings
-    fault_run.train({"folder": folder, **settings})
-    found = fault_run.results(folder, ranks)
+    if ranks == 1:
+        fault_run.train({"folder": folder, **settings})
+    found = fault_run.results(folder, 1) if ranks == 1 else train_on_ranks({"folder": folder, **settings}, ranks)
     for result in found[1:]:
         assert result["losses"] == found[0]["losses"]
         assert all(torch.equal(result["last"][name], value) for name, value in found[0]["last"].items())
@@ -47,9 +46,9 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     "options",
     [
         {},
-        {"strategy": {**FORK, "static_graph": True}},
+        {"strategy": {"static_graph": True}},
         {"accumulate_grad_batches": 2},
-        {"accumulate_grad_batches": 2, "strategy": {**FORK, "static_graph": True, "bucket_cap_mb": 1}},
+        {"accumulate_grad_batches": 2, "strategy": {"static_graph": True, "bucket_cap_mb": 1}},
     ],
     ids=["plain", "static", "accumulated", "accumulated-static"],
 )
@@ -66,7 +65,7 @@ def test_ranks_count_equally_whatever_their_number_of_labels(tmp_path: Path) -> 
 
 
 def test_gradients_in_bf16_are_close_but_not_the_same(one_rank: dict[str, Any], tmp_path: Path) -> None:
-    found = curve(tmp_path, 2, 10, strategy={**FORK, "gradients": "bf16"})
+    found = curve(tmp_path, 2, 10, strategy={"gradients": "bf16"})
     assert_same_curve(found, one_rank, limit=2e-2)
     assert found["losses"][1:] != pytest.approx(one_rank["losses"][1:], rel=1e-7)
 
@@ -77,7 +76,7 @@ def test_gradients_in_bf16_are_close_but_not_the_same(one_rank: dict[str, Any], 
     "options",
     [
         {},
-        {"strategy": {**FORK, "static_graph": True}},
+        {"strategy": {"static_graph": True}},
         {"accumulate_grad_batches": 2},
         {"accumulate_grad_batches": 2, "model": {**MODEL, "compile_blocks": True}},
         {"accumulate_grad_batches": 2, "model": {**MODEL, "cuda_graph": True}},
