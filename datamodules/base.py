@@ -14,12 +14,13 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from datamodules.loader import ResumableDataLoader
 from datamodules.windows import Batch, RandomAccess, ValidationBatches, to_tensors
+from datamodules.workers import worker_context
 
 
 class PackedDataModule(LightningDataModule):
     """A data module of batches `{"input_ids": int64 (B,T), "labels": int64 (B,T)[, "reset": bool (B,T)]}`.
 
-    A subclass sets up `_train`, `_validation` and `_identity` in `setup`, and says in `check` what is wrong before anything is built.
+    A subclass sets up `_train`, `_validation` and `_identity` in its `setup`, and says in `check` what is wrong before anything is built.
     """
 
     def __init__(self, *, batch_size: int, num_workers: int, validation_batches: int | None, cache_dir: str | None) -> None:
@@ -28,6 +29,11 @@ class PackedDataModule(LightningDataModule):
         self._train: IterableDataset[Batch] | None = None
         self._validation: dict[str, RandomAccess] = {}
         self._identity: dict[str, Any] = {}
+
+    def setup(self, stage: str | None = None) -> None:
+        """Start the server of the data workers: it takes seconds to import torch, and the run has more to set up meanwhile."""
+        if stage == "fit" and self.num_workers > 0:
+            worker_context()
 
     @abstractmethod
     def check(self) -> None:

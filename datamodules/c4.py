@@ -187,6 +187,7 @@ class C4DataModule(PackedDataModule):
         """Open the source. Called in every process; it does nothing the second time."""
         if self._train is not None:
             return
+        super().setup(stage)
         corpus = self._setup_tokens() if self.source in ("sample", "tokens") else self._setup_text()
         options = asdict(self.options)
         del options["max_bad_line_share"]  # it changes no batch: a run may be resumed with another one

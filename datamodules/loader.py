@@ -4,14 +4,13 @@
 - Its state is that of every rank: Lightning stores what rank 0 returns, and the others would resume at rank 0's place.
 - The state outlives the iterator, which Lightning drops at the end of `fit`; a checkpoint saved afterwards would start over.
 - `iter()` goes on where the loader is: a new Lightning epoch is not a new pass over the data.
-- Its workers live through the signals by which a scheduler ends a job: it sends them to every process, and the run has a step to finish.
+- Its workers are no forks of the run, live through the signals by which a scheduler ends a job, and end with the run (`workers`).
 - It draws nothing from torch's global random numbers, so that a loader more or less does not change a run.
 - Over a source with random access it goes on with another number of ranks, or rows a batch, at the sample that all had come to.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,18 +20,12 @@ from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from datamodules.windows import Batch
-from mmrec.stop_signals import ignore_stop_signals
+from datamodules.workers import end_with_run, worker_context
 
 # Runs are measured in steps (`trainer.max_steps`); one Lightning epoch is as good as endless unless `trainer.limit_train_batches` cuts it.
 ENDLESS = 10**12
 _FORMAT = 1
 _OF_RANKS = ("batch_size", "num_workers")  # what may change with the number of ranks
-_REST = 0.2  # seconds; that thread needs microseconds
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """In a worker process; it ends with the loader, or with the process that started it."""
-    ignore_stop_signals()
 
 
 class ResumableDataLoader(StatefulDataLoader[Batch]):
@@ -57,7 +50,8 @@ class ResumableDataLoader(StatefulDataLoader[Batch]):
             num_workers=num_workers,
             generator=torch.Generator().manual_seed(0),
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_ignore_stop_signals,
+            multiprocessing_context=worker_context() if num_workers > 0 else None,
+            worker_init_fn=end_with_run,
         )
 
     def __len__(self) -> int:
@@ -77,10 +71,6 @@ class ResumableDataLoader(StatefulDataLoader[Batch]):
         if self._live is not None:
             self._initial_iter_for_state_dict = False
             return self._live
-        if self.num_workers > 0 and self._world_size > 1:
-            # A few starts in a hundred hung with a worker within `fork`. Supposed, not shown: a thread of torch.distributed takes Python's
-            # lock just then, to drop the tensors of a collective that has ended.
-            time.sleep(_REST)
         return super().__iter__()
 
     @property

@@ -52,7 +52,7 @@ class PackedBatches(IterableDataset[Batch]):
     def __iter__(self) -> PackedIterator:
         worker = get_worker_info()
         if worker is not None:
-            # The workers are the parallelism; threads after a fork are unsafe besides.
+            # The workers are the parallelism.
             os.environ["TOKENIZERS_PARALLELISM"] = "false"
         worker_id, num_workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         stream = DocumentStream(

@@ -29,7 +29,7 @@ def keep_stop_signals() -> None:
 
 
 def ignore_stop_signals() -> None:
-    """From now on the signals do nothing; in processes that others tell when to end."""
+    """From now on the signals do nothing."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from lightning_modules import MMRecLightningModule
 from mmrec.cli import main
 
 MARKS = Path(os.environ["SLOW_MARKS"])
@@ -38,6 +37,9 @@ def pause(stage: str, rank: int) -> None:
 
 def slow_down() -> None:
     """Put the pauses into the module and into torch.save."""
+    # Imported here: a data worker imports this script too, and needs no Lightning.
+    from lightning_modules import MMRecLightningModule
+
     module, save = MMRecLightningModule, torch.save
     setup, validation_step = module.setup, module.validation_step
 

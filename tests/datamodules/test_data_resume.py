@@ -207,22 +207,6 @@ def test_workers_change_nothing_where_access_is_random(make_data, source: str) -
     _assert_same(*found)
 
 
-def test_workers_live_through_the_signals_of_a_scheduler(make_data) -> None:
-    def batches(number: signal.Signals | None) -> list[dict[str, torch.Tensor]]:
-        data = make_data("tokens", num_workers=2)
-        data.setup("fit")
-        loader = data.train_dataloader()
-        iterator = iter(loader)
-        found = [next(iterator)]
-        for worker in iterator._workers if number else ():
-            os.kill(worker.pid, number)
-        return found + [next(iterator) for _ in range(8)]  # more than were fetched ahead
-
-    expected = batches(None)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        _assert_same(batches(number), expected)
-
-
 def test_the_loader_leaves_torchs_random_numbers_alone(make_data) -> None:
     before = torch.get_rng_state()
     data = make_data("tokens", num_workers=2)

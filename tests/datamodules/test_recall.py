@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from datamodules import RecallDataModule
-from datamodules.recall import _smallest
+from datamodules.recall_tasks import _smallest
 
 
 def _batch(**settings) -> dict[str, torch.Tensor]:
