@@ -4,9 +4,11 @@
 so that most of its time is spent with one being written; every third run writes without a thread of its own. A kill comes at a moment
 drawn from the time an undisturbed run takes, every second one only when a half-written file is seen. After it every checkpoint under a
 final name must be whole, and `--ckpt_path last` must lead to the undisturbed run's last step with the same parameters, optimiser, random
-states and place in the data, to the bit. Exit code 1 where one does not.
+states and place in the data, to the bit. Exit code 1 where one does not. A kill that leaves the last step's checkpoint, so that nothing
+would be resumed, does not count: another moment is drawn.
 """
 
+import itertools
 import json
 import os
 import random
@@ -168,15 +170,17 @@ def killed_run(number: int, options: Namespace, folder: Path, span: float, drawn
     """Kill a run, resume it, and compare it with the undisturbed one."""
     in_background, aimed = number % 3 != 2, number % 2 == 1
     base = ["fit", "--config", str(folder / "run.yaml"), "--checkpoint_async", str(in_background).lower()]
-    after, attempt, run = None, 0, folder
-    while after is None:  # a moment after the end is none
+    for attempt in itertools.count():
         run = folder / f"killed_{number}_{attempt}"
-        arguments = [*base, "--trainer.default_root_dir", str(run)]
-        after, attempt = kill_once(arguments, run, drawn.uniform(0.0, span), aimed), attempt + 1
-    checkpoints = run / "checkpoints"
-    row = {"kill": number, "checkpoint_async": in_background, "seconds_after_first_checkpoint": round(after, 3)}
-    row |= {"while_writing": half_written(checkpoints), "unreadable": unreadable(checkpoints)}
-    row["resumed_from_step"] = read_checkpoint(checkpoints / LAST, mmap=True)["global_step"]
+        checkpoints, arguments = run / "checkpoints", [*base, "--trainer.default_root_dir", str(run)]
+        after = kill_once(arguments, run, drawn.uniform(0.0, span), aimed)
+        if after is None:  # a moment after the end is none
+            continue
+        row: Row = {"kill": number, "checkpoint_async": in_background, "seconds_after_first_checkpoint": round(after, 3)}
+        row |= {"while_writing": half_written(checkpoints), "unreadable": unreadable(checkpoints)}
+        row["resumed_from_step"] = read_checkpoint(checkpoints / LAST, mmap=True)["global_step"]
+        if row["resumed_from_step"] < options.steps or row["unreadable"]:
+            break
     finish([*arguments, "--ckpt_path", "last"], run.with_suffix(".log"))
     undisturbed, resumed = (read_checkpoint(where / "checkpoints" / LAST) for where in (folder / "straight", run))
     row["different"] = [name for name in COMPARED if not same(undisturbed[name], resumed[name])]
@@ -228,6 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, help="of the moments; default: other moments each time")
     parser.add_argument("--output", type=output_file, required=True, help="the JSON file to write")
     options = parser.parse_args(arguments)
+    if options.steps < 3:
+        parser.error(f"--steps is {options.steps}, and the first checkpoint is of step 2; give at least 3")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="mmrec-kills-") as folder:
         result = measure(options, Path(folder))

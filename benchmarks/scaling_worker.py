@@ -19,6 +19,7 @@ from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from lightning_modules.strategies import TunedDDPStrategy
 from mmrec.commandline.configs import config_layers, merge
 from mmrec.commandline.library_warnings import ignore_known_warnings
+from mmrec.commandline.memory_plan import asked_by
 from mmrec.measuring.machine import device_name
 
 Interval = tuple[float, float]
@@ -95,11 +96,10 @@ def strategy_for(case: Case, name: str, gradients: str) -> Any:
     if name == "single_device":
         return "auto"
     kind: Any = FSDP2Strategy if name == "fsdp2" else TunedDDPStrategy
-    given = (merge(config_layers(case.config)).get("trainer") or {}).get("strategy")
-    own = isinstance(given, Mapping) and str(given["class_path"]).endswith(kind.__name__)
+    asked = asked_by(merge(config_layers(case.config)), gpus=2)
     defaults = {} if name == "fsdp2" else {"static_graph": True}
-    options = ((given or {}).get("init_args") or {}) if own else defaults
-    return kind(**options | {"gradients": gradients})
+    options = asked.options if asked.name == kind.__name__ else defaults
+    return kind(**{**options, "gradients": gradients})
 
 
 def run(case: Case, batch: int, strategy: str, gpus: int, gradients: str) -> dict[str, Any]:

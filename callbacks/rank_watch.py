@@ -28,9 +28,9 @@ class RankWatch(Callback):
     A rank that raises says so first, and the others end a moment later with its error as the cause. A rank that was killed, or whose
     machine is gone, is found by its missing beats; a checkpoint that another is writing then has 20 s to be finished. Where nothing new has
     happened for `hang_after_seconds` on a rank (no batch of training or validation, no checkpoint), all print their stacks and end: keep it
-    below the process group's own timeout (30 minutes for gloo, 10 for NCCL unless the strategy says otherwise), which would end one rank
-    without the others' stacks, and above the longest that a compilation or a checkpoint takes. All end with exit code 1 but the one whose
-    error it was. It does nothing where one process trains.
+    below the strategy's own timeout (10 minutes with ours, 30 with Lightning's unless told otherwise), which would end the ranks without
+    anyone's stacks, and above the longest that a compilation or a checkpoint takes. All end with exit code 1 but the one whose error it
+    was. It does nothing where one process trains.
     """
 
     def __init__(self, interval_seconds: float = 2.0, dead_after_seconds: float = 30.0, hang_after_seconds: float = 540.0) -> None:

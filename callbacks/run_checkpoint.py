@@ -144,7 +144,8 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.fast_dev_run:
             return
         self.save_step(trainer, pl_module)
-        self._report(trainer, [self._earlier_failure(trainer)], final=True)
+        earlier = self._earlier_failure(trainer)
+        self._report(trainer, [earlier], self._failures + (earlier is not None), final=True)
 
     def save_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write this step's checkpoint, the run's last, unless it is there; all ranks call it."""
@@ -176,17 +177,26 @@ class RunCheckpoint(ModelCheckpoint):
         Returns:
             Whether the file is there, or in the background on its way.
         """
-        outcomes: list[str | None] = [self._earlier_failure(trainer), None]
+        earlier, now = self._earlier_failure(trainer), None
+        self._failures += earlier is not None  # before what is written next, perhaps in the background, sets it to 0
+        count = self._failures
         if trainer.is_global_zero and self._last_global_step_saved and not self.folder.is_dir():
             print(f"the checkpoint folder {self.folder} was gone: it is made anew", flush=True)
+
+        def published() -> None:
+            follow()
+            self._failures = 0
+
         try:
             save()
         except OSError as error:  # rank 0's, the only one that writes; the others wait at the barrier that it missed
-            outcomes[1] = str(error)
+            now = str(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")
         else:
-            outcomes[1] = self._follow(trainer, follow) if trainer.is_global_zero else None
-        return not self._report(trainer, outcomes, final)
+            now = self._follow(trainer, published) if trainer.is_global_zero else None
+        if now is not None:
+            self._failures = count = count + 1
+        return not self._report(trainer, [earlier, now], count, final)
 
     def _follow(self, trainer: Trainer, action: Callable[[], None]) -> str | None:
         """Do it once what was saved last is there: at once with a checkpoint IO that knows of no later. What was wrong, if it is known."""
@@ -203,7 +213,6 @@ class RunCheckpoint(ModelCheckpoint):
             _link(copy, last)
             for old in copies(self.folder)[self.keep :]:
                 old.unlink(missing_ok=True)
-        self._failures = 0
 
     def _publish_best(self, source: Path, named: Path, loss: float) -> None:
         """Make `best.ckpt` and `named`, which says of which step and loss it is, what `source` is; the best before goes."""
@@ -227,19 +236,18 @@ class RunCheckpoint(ModelCheckpoint):
             return str(error)
         return None
 
-    def _report(self, trainer: Trainer, outcomes: Sequence[str | None], final: bool) -> bool:
+    def _report(self, trainer: Trainer, outcomes: Sequence[str | None], count: int, final: bool) -> bool:
         """Tell of writes that failed, and end the run on all ranks where there were too many; a collective.
 
         Args:
             outcomes: of writes, on rank 0: what was wrong with them, or None.
+            count: of failures in a row, with these.
             final: whether nothing will be written after them.
 
         Returns:
             Whether the last of them failed.
         """
         failures = [failure for failure in outcomes if failure is not None]
-        self._failures += len(failures)
-        count = self._failures  # a write in the background may set it to 0 at any moment
         last_failed = outcomes[-1] is not None
         stops = (last_failed and final) or (bool(failures) and count >= FAILURES_IN_A_ROW)
         failures, stops, last_failed = trainer.strategy.broadcast((failures, stops, last_failed))

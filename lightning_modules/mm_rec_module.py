@@ -158,7 +158,7 @@ class MMRecLightningModule(LightningModule):
 
     def auxiliary_gradient_statistics(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`grad_norm_ratio` ‖g_aux‖/‖g_main‖ and `grad_cosine` of the two, 0-dim each; leaves `.grad` and random states alone."""
-        sharding.check_gradient_curves(self.network)
+        sharding.check_gradient_curves(sharding.is_sharded(self.network))
         with self.trainer.precision_plugin.train_step_context():
             return auxiliary_gradient_statistics(self.network, batch)
 

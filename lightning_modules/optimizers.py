@@ -1,6 +1,7 @@
 """AdamW in three sizes, and how the 8-bit one's state travels in a checkpoint."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
@@ -12,16 +13,27 @@ OPTIMIZERS = ("adamw", "adamw_8bit", "adamw_bf16")
 _PARTS = ("codes", "scale", "qmap")
 
 
+def require_torchao(wanted_by: str) -> None:
+    """Raise ModuleNotFoundError, in one line with the remedy, where torchao is not installed; without importing it, which takes seconds."""
+    if find_spec("torchao") is None:
+        raise ModuleNotFoundError(
+            f"{wanted_by} needs torchao, which is not installed; install it: pip install torchao, or the extra [train]"
+        )
+
+
 def import_torchao(wanted_by: str) -> Any:
     """The package `torchao` with its optimisers; slow to import, and only `wanted_by` some settings.
 
     Raises:
-        ModuleNotFoundError: it is not installed; in one line, with the remedy.
+        ModuleNotFoundError: it is not installed, or of no use with this torch; in one line, with the remedy.
     """
+    require_torchao(wanted_by)
     try:
         import torchao.optim
     except ImportError as error:
-        raise ModuleNotFoundError(f"{wanted_by} needs torchao ({error}); install it: pip install torchao, or the extra [train]") from error
+        raise ModuleNotFoundError(
+            f"{wanted_by} needs torchao, which cannot be imported ({error}); install another version of it"
+        ) from error
     return torchao
 
 

@@ -60,9 +60,9 @@ def configure(module: Any) -> None:
         raise ValueError(f"trainer.strategy: {name} does not fit this module; give fsdp2, or ddp")
 
 
-def check_gradient_curves(network: nn.Module) -> None:
+def check_gradient_curves(sharded: bool) -> None:
     """Raise ValueError where the two losses' gradients are to be compared, which are made of whole weights, and these lie in shards."""
-    if is_sharded(network):
+    if sharded:
         raise ValueError(
             "auxiliary_curves.gradients_every_n_steps: gradients of weights in shards cannot be compared; set it to 0 with FSDP2Strategy"
         )

@@ -9,7 +9,7 @@ from jsonargparse.typing import PositiveFloat, PositiveInt
 from mmrec.commandline.configs import config_layers, merge, shipped_configs
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.memory_estimate import Estimate, estimate
-from mmrec.commandline.memory_plan import advice, plans, strategy_of
+from mmrec.commandline.memory_plan import advice, asked_by, plans
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 
 _NOTE = (
@@ -85,7 +85,7 @@ def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
 def _explain(name: str, gpus: int, memory_gb: float, as_json: bool) -> None:
     content = merge(config_layers(name))
     try:
-        found, used = plans(name, content, gpus), strategy_of(content, gpus)
+        found, used = plans(name, content, gpus), asked_by(content, gpus).kind
     except (TypeError, AttributeError, ValueError) as error:  # a key that the network does not know, a group that is no mapping
         raise BadInputError(f"config {name}: {error}") from error
     memory = memory_gb * 1e9

@@ -1,5 +1,6 @@
 """Whether the memory that a run needs at the very least can be there at all, said before it is asked for."""
 
+import math
 import os
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from jsonargparse import Namespace
 
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.memory_estimate import Estimate, estimate
+from mmrec.commandline.strategy_kinds import asked_strategy
 
 _GIB = 1024**3
 _MOST_LAYERS = 64  # that are laid out to be counted; beyond, one more layer is as large as those are in the mean
@@ -20,9 +22,10 @@ def check_memory(config: Namespace) -> None:
 
     Strategies that divide the weights among the ranks (FSDP and its like) are let pass.
     """
-    if _is_divided(config.trainer.strategy):
+    asked = asked_strategy(config.trainer.strategy)
+    if not asked.holds_all:
         return
-    device, there = _memory(config.trainer.accelerator)
+    device, there = _memory(config.trainer.accelerator, asked.forks)
     try:
         needed = _estimate(config)
     except RuntimeError:  # sizes beyond 64 bits
@@ -37,15 +40,13 @@ def check_memory(config: Namespace) -> None:
         raise BadInputError(f"{batch}, {device} has {there / _GIB:,.1f}; give a smaller batch and trainer.accumulate_grad_batches")
 
 
-def _is_divided(strategy: Any) -> bool:
-    name = strategy if isinstance(strategy, str) else str(getattr(strategy, "class_path", ""))
-    return not any(kind in name.lower() for kind in ("auto", "ddp", "single"))
+def _memory(accelerator: Any, forks: bool) -> tuple[str, float]:
+    """Name and bytes of what the network will lie in; of the machine, where that is no CUDA device.
 
-
-def _memory(accelerator: Any) -> tuple[str, int]:
-    """Name and bytes of what the network will lie in; of the machine, where that is no CUDA device."""
+    Without end where ranks will be forked from this process: to ask a GPU initialises CUDA, and no forked process could use it then.
+    """
     if accelerator != "cpu" and torch.cuda.device_count() > 0:
-        return "a GPU here", torch.cuda.get_device_properties(0).total_memory
+        return "a GPU here", math.inf if forks else torch.cuda.get_device_properties(0).total_memory
     return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -8,10 +8,10 @@ import torch
 
 from mmrec.commandline.machine_needs import LEAST_ALLOCATOR
 from mmrec.commandline.memory_estimate import Estimate, estimate, number_bytes
+from mmrec.commandline.strategy_kinds import ALONE, ASKED_FOR_BY, DDP, FSDP2, TUNED, AskedStrategy, asked_strategy
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
-ALONE, DDP, FSDP2 = "one GPU", "DDP", "FSDP2"
 GATHERED_BLOCKS = 2  # at a time: the one that runs, and the one that comes next
 
 
@@ -47,15 +47,9 @@ class MemoryPlan:
         return LEAST_ALLOCATOR * self.total <= memory
 
 
-def strategy_of(content: Mapping[str, Any], gpus: int) -> str:
-    """What a config's `trainer.strategy` means on so many GPUs; the name in it where it is none of ours."""
-    given = (content.get("trainer") or {}).get("strategy") or "auto"
-    name = str(given.get("class_path") if isinstance(given, Mapping) else given).rpartition(".")[2]
-    if name in ("fsdp2", "FSDP2Strategy"):
-        return FSDP2
-    if name in ("DDPStrategy", "TunedDDPStrategy") or name.startswith("ddp"):
-        return DDP if gpus > 1 else ALONE
-    return name if name != "auto" else DDP if gpus > 1 else ALONE
+def asked_by(content: Mapping[str, Any], gpus: int) -> AskedStrategy:
+    """What a config's `trainer.strategy` asks for on so many GPUs."""
+    return asked_strategy((content.get("trainer") or {}).get("strategy"), gpus)
 
 
 def plans(name: str, content: Mapping[str, Any], gpus: int) -> list[MemoryPlan]:
@@ -80,15 +74,10 @@ def plans(name: str, content: Mapping[str, Any], gpus: int) -> list[MemoryPlan]:
     return [alone, _ddp(content, row, gpus), _fsdp2(content, row, gpus)] if gpus > 1 else [alone]
 
 
-def _options(content: Mapping[str, Any]) -> Mapping[str, Any]:
-    given = (content.get("trainer") or {}).get("strategy")
-    return (given.get("init_args") or {}) if isinstance(given, Mapping) else {}
-
-
 def _ddp(content: Mapping[str, Any], row: Estimate, gpus: int) -> MemoryPlan:
-    options = _options(content) if strategy_of(content, gpus) == DDP else {"gradient_as_bucket_view": True}
-    tuned = "TunedDDPStrategy" in str((content.get("trainer") or {}).get("strategy"))
-    buckets = 0 if options.get("gradient_as_bucket_view", tuned) else row.gradients
+    asked = asked_by(content, gpus)
+    options = asked.options if asked.kind == DDP else {"gradient_as_bucket_view": True}
+    buckets = 0 if options.get("gradient_as_bucket_view", asked.name == TUNED) else row.gradients
     travelling = row.gradients // 2 if options.get("gradients") == "bf16" and row.precision != "bf16-true" else row.gradients
     return MemoryPlan(
         strategy=DDP,
@@ -103,7 +92,8 @@ def _ddp(content: Mapping[str, Any], row: Estimate, gpus: int) -> MemoryPlan:
 
 
 def _fsdp2(content: Mapping[str, Any], row: Estimate, gpus: int) -> MemoryPlan:
-    options = _options(content) if strategy_of(content, gpus) == FSDP2 else {}
+    asked = asked_by(content, gpus)
+    options = asked.options if asked.kind == FSDP2 else {}
     config = MMRecConfig(**((content.get("model") or {}).get("network") or {}))
     with torch.device("meta"):
         network = MMRecModel(config)
@@ -147,10 +137,5 @@ def advice(found: list[MemoryPlan], used: str, memory: float) -> str:
     best = min(fitting, key=lambda plan: plan.sent)
     if best.strategy == used:
         return "It fits, and nothing that fits sends less: keep it."
-    how = {
-        ALONE: "trainer.strategy: auto",
-        DDP: "trainer.strategy.class_path: lightning_modules.strategies.TunedDDPStrategy",
-        FSDP2: "trainer.strategy: fsdp2",
-    }
     why = "it fits, and sends less" if best.sent <= min(plan.sent for plan in several) else "it is the one that fits"
-    return f"Take {best.strategy} ({how[best.strategy]}): {why}."
+    return f"Take {best.strategy} ({ASKED_FOR_BY[best.strategy]}): {why}."

@@ -1,26 +1,27 @@
 """What can be known to be wrong before anything is built or written."""
 
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
 
+from callbacks import RankWatch
 from lightning_modules.checks import check_hyperparameters, check_vocabulary
-from lightning_modules.fsdp2_strategy import NAME, FSDP2Strategy
+from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from lightning_modules.mm_rec_module import SUPPORTED_PRECISIONS
-from lightning_modules.sharding import check_shardable
+from lightning_modules.optimizers import require_torchao
+from lightning_modules.sharding import check_gradient_curves, check_shardable
+from lightning_modules.strategies import TunedDDPStrategy
 from mmrec.commandline.checkpoints import require_fitting_checkpoint
 from mmrec.commandline.class_paths import imported_class
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.memory_check import check_memory
+from mmrec.commandline.strategy_kinds import FSDP2, asked_strategy
 from mmrec.commandline.trainer_checks import check_trainer
 from mmrec.config import MMRecConfig
-
-SHARDING = f"{FSDP2Strategy.__module__}.{FSDP2Strategy.__qualname__}"
-GRADIENTS_KEY = "auxiliary_curves.gradients_every_n_steps"
 
 
 def require_groups(config: Namespace, keys: Sequence[str]) -> None:
@@ -65,7 +66,7 @@ def check_before_building(config: Namespace, checkpoint: Path | None, fitting: b
     if fitting and config.trainer.max_steps < 1 and config.model.decay_steps is None:
         raise BadInputError("trainer.max_steps: the run has no end; give the number of optimiser steps")
     if fitting:
-        require_torchao(config.model.as_dict())
+        check_torchao(config.model.as_dict())
     require_device(config.trainer.accelerator)  # before the data: who has no GPU here need not prepare any
     if fitting:
         check_memory(config)
@@ -79,20 +80,39 @@ def check_before_building(config: Namespace, checkpoint: Path | None, fitting: b
 
 def check_strategy(config: Namespace) -> None:
     """Raise ValueError where a run's other settings do not fit weights in shards."""
-    strategy = config.trainer.strategy
-    if (strategy.get("class_path") if isinstance(strategy, Namespace) else strategy) not in (NAME, SHARDING):
+    if asked_strategy(config.trainer.strategy).kind != FSDP2:
         return
     check_shardable(config.model.as_dict())
     curves = "auxiliary_curves" in config and "auxiliary_curves" not in (config.get("disable_callbacks") or [])
-    if curves and config.model.network.use_uboo and config.auxiliary_curves.gradients_every_n_steps > 0:
-        raise BadInputError(f"{GRADIENTS_KEY}: gradients of weights in shards cannot be compared; set it to 0 with FSDP2Strategy")
+    check_gradient_curves(curves and config.model.network.use_uboo and config.auxiliary_curves.gradients_every_n_steps > 0)
 
 
-def require_torchao(hparams: Mapping[str, Any]) -> None:
-    """Raise BadInputError where the optimiser or FP8 needs torchao and it is not installed; without importing it, which takes seconds."""
-    wants = "model.fp8" if hparams["fp8"] else f"model.optimizer={hparams['optimizer']}" if hparams["optimizer"] != "adamw" else None
-    if wants is not None and find_spec("torchao") is None:
-        raise BadInputError(f"{wants} needs torchao, which is not installed; install it: pip install torchao, or the extra [train]")
+def check_torchao(hparams: Mapping[str, Any]) -> None:
+    """Raise ModuleNotFoundError where the optimiser or FP8 needs torchao and it is not installed."""
+    if hparams["fp8"]:
+        require_torchao("model.fp8")
+    if hparams["optimizer"] != "adamw":
+        require_torchao(f"model.optimizer={hparams['optimizer']}")
+
+
+def watch_remark(trainer: Trainer) -> str | None:
+    """A line where the strategy's timeout ends a run that hangs before RankWatch has every rank's stacks written; None where it does not.
+
+    On a CPU the ranks that wait leave their collective by an error then, on GPUs NCCL's watchdog aborts them.
+    """
+    watch = next((callback for callback in trainer.callbacks if isinstance(callback, RankWatch)), None)  # type: ignore[attr-defined]
+    timeout = getattr(trainer.strategy, "_timeout", None)
+    if watch is None or timeout is None or trainer.world_size == 1 or watch.hang_after_seconds == 0:
+        return None
+    # A beat to find the hang, and one until the others have heard of it.
+    ended, needed = timeout.total_seconds(), watch.hang_after_seconds + 2 * watch.interval_seconds
+    if needed < ended:
+        return None
+    key = "trainer.strategy.timeout" + ("_seconds" if isinstance(trainer.strategy, TunedDDPStrategy | FSDP2Strategy) else "")
+    return (
+        f"rank_watch.hang_after_seconds is {watch.hang_after_seconds:g}, and by {key} a run that hangs ends after {ended:g} s, before "
+        f"every rank's stacks are written; give it more than {needed:g} s, or a lower rank_watch.hang_after_seconds"
+    )
 
 
 def require_device(accelerator: Any) -> None:

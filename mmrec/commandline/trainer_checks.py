@@ -17,7 +17,7 @@ _MOST_SEED = 2**32 - 1  # NumPy's
 _LIMITS = ("limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches")
 
 
-def strategy_of(given: Any) -> Any:
+def with_options(given: Any) -> Any:
     """The value of `trainer.strategy`, a class path without options as jsonargparse wants it: it takes one for a name of Lightning's.
 
     Raises:

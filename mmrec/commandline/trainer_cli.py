@@ -45,11 +45,11 @@ from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.parse_errors import one_line
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
-from mmrec.commandline.preflight import check_before_building, require_groups, require_values
+from mmrec.commandline.preflight import check_before_building, require_groups, require_values, watch_remark
 from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.commandline.stopping import leave_if_stopped, leave_signals_to_children
-from mmrec.commandline.trainer_checks import strategy_of
+from mmrec.commandline.trainer_checks import with_options
 from mmrec.files import replacing, write_atomically
 
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
@@ -218,7 +218,7 @@ class RunCLI(LightningCLI):
         listed = self.parser._subcommands_action
         assert listed is not None  # made with the parser
         require_values(config, listed.choices[self.config["subcommand"]])
-        config.trainer.strategy = strategy_of(config.trainer.strategy)
+        config.trainer.strategy = with_options(config.trainer.strategy)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = str(default_root(self._config_names))
         self.folder = RunFolder(Path(config.trainer.default_root_dir))
@@ -320,6 +320,8 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Remember what an earlier run left, before this one makes files of its own; it is moved once nothing is refused any more."""
+        if remark := watch_remark(self.trainer):
+            say(f"warning: {remark}")
         leave_signals_to_children(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's list
             if isinstance(callback, SaveRunConfig) and self._checkpoint is None:

@@ -103,6 +103,26 @@ def test_keeping_it_in_the_middle_of_a_step_does_not_change_what_a_run_goes_on_f
     assert all(torch.equal(last[0][name], value) for name, value in last[1].items())
 
 
+@pytest.mark.parametrize("io", [AtomicCheckpointIO, BackgroundCheckpointIO])
+def test_failures_with_a_best_one_written_between_them_are_not_in_a_row(
+    io: type, tmp_path: Path, stubs: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The regular checkpoints of steps 4, 8, 12 and 16 fail; the best ones of 3, 6, 9, 15 and 18 are written."""
+    save = AtomicCheckpointIO.save_checkpoint  # in the background also, there by the thread
+
+    def failing(self: Any, checkpoint: dict[str, Any], path: str, storage_options: Any = None) -> None:
+        if Path(path).name.startswith("step=") and checkpoint["global_step"] < 18:
+            raise OSError(f"cannot write the checkpoint {path}")
+        save(self, checkpoint, path, storage_options)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", failing)
+    fit(tmp_path, stubs, [9.0, 8.0, 7.0, 7.5, 6.0, 5.0], every=4, plugins=[io()])
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(told) == 4
+    assert all("(1 of at most 3 failures in a row)" in line for line in told)
+    assert bests(tmp_path) == [(18, 5.0)]
+
+
 def test_an_evaluation_keeps_nothing(tmp_path: Path, stubs: ModuleType) -> None:
     trainer = stubs.make_trainer(tmp_path, [RunCheckpoint(keep_best=True)], logger=False)
     trainer.validate(stubs.make_module(), datamodule=stubs.StubData(), verbose=False)

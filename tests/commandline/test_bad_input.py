@@ -2,8 +2,11 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from mmrec.commandline.errors import BadInputError
 
 OPTIONS = {
     ("--trainer.max_step", "4"): "unknown key trainer.max_step; did you mean trainer.max_steps?",
@@ -152,10 +155,23 @@ def test_a_missing_gpu_is_named_before_missing_data(accelerator: str, cli, tmp_p
     ("option", "wanted"), [(("--model.optimizer", "adamw_8bit"), "model.optimizer=adamw_8bit"), (("--model.fp8", "true"), "model.fp8")]
 )
 def test_torchao_is_missed_before_anything_is_built(option: tuple[str, str], wanted: str, cli, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mmrec.commandline.preflight.find_spec", lambda name: None)
+    monkeypatch.setattr("lightning_modules.optimizers.find_spec", lambda name: None)
     error = cli("fit", "--config", "cpu_tiny", *option).error
     assert error == f"{wanted} needs torchao, which is not installed; install it: pip install torchao, or the extra [train]"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hang_that_the_strategy_would_end_first_is_told_of_before_training(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(trainer: Any) -> None:
+        raise BadInputError("enough; take the rest away")
+
+    monkeypatch.setattr("mmrec.commandline.trainer_cli.leave_signals_to_children", reached)
+    two = ("fit", "--config", "cpu_tiny", "--trainer.devices", "2", "--trainer.strategy", "lightning_modules.strategies.TunedDDPStrategy")
+    late = cli(*two, "--trainer.strategy.timeout_seconds", "300")
+    assert late.error.startswith("enough")
+    assert [line for line in late.out.splitlines() if line.startswith("warning: rank_watch.hang_after_seconds is 540, and by trainer.")]
+    for fine in (("--rank_watch.hang_after_seconds", "200"), ("--disable_callbacks", "[rank_watch]")):
+        assert "hang_after_seconds" not in cli(*two, "--trainer.strategy.timeout_seconds", "300", *fine).out
 
 
 @pytest.mark.parametrize("folder", ["a_file", "a_file/below", "/proc/mmrec"])

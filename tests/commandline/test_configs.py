@@ -9,7 +9,7 @@ import yaml
 from datamodules.sample import DEFAULT_VOCAB_SIZE
 from mmrec.commandline.configs import config_layers, find_config, merge, read_config, shipped_configs
 from mmrec.commandline.memory_estimate import estimate
-from mmrec.commandline.memory_plan import plans, strategy_of
+from mmrec.commandline.memory_plan import asked_by, plans
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
@@ -63,7 +63,7 @@ def test_the_largest_fit_80_GB_with_and_without_uboo(name: str, use_uboo: bool, 
     row = estimate(name, content)
     assert row.parameters == pytest.approx(parameters, rel=0.005)
     assert row.total < 75e9
-    assert strategy_of(content, 8) == "DDP"
+    assert asked_by(content, 8).kind == "DDP"
     assert {plan.strategy: plan.total for plan in plans(name, content, 8)}["DDP"] == row.total
 
 

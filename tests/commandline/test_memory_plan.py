@@ -12,7 +12,7 @@ from ranks import run_ranks
 from callbacks.memory_readings import category_bytes
 from mmrec.commandline.configs import config_layers, merge
 from mmrec.commandline.memory_estimate import estimate
-from mmrec.commandline.memory_plan import advice, plans, strategy_of
+from mmrec.commandline.memory_plan import advice, asked_by, plans
 
 TUNED = {"class_path": "lightning_modules.strategies.TunedDDPStrategy"}
 SHARDED = {"class_path": "lightning_modules.fsdp2_strategy.FSDP2Strategy"}
@@ -48,7 +48,7 @@ def by_strategy(given: dict[str, Any], gpus: int) -> dict[str, Any]:
     ],
 )
 def test_a_configs_strategy_is_named(given: Any, gpus: int, expected: str) -> None:
-    assert strategy_of(content(given), gpus) == expected
+    assert asked_by(content(given), gpus).kind == expected
 
 
 def test_data_parallelism_holds_all_and_perhaps_its_gradients_twice() -> None:
@@ -118,7 +118,7 @@ def test_two_ranks_hold_what_the_plan_says(tmp_path: Path) -> None:
     ],
 )
 def test_what_sends_least_and_fits_is_advised(given: dict[str, Any], memory: float, expected: str) -> None:
-    assert advice(plans("x", given, 4), strategy_of(given, 4), memory).startswith(expected)
+    assert advice(plans("x", given, 4), asked_by(given, 4).kind, memory).startswith(expected)
 
 
 def test_where_only_shards_fit_they_are_advised() -> None:

@@ -2,10 +2,21 @@
 
 import re
 import time
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from jsonargparse import Namespace
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
+from callbacks import RankWatch
+from lightning_modules.fsdp2_strategy import FSDP2Strategy
+from lightning_modules.strategies import TunedDDPStrategy
+from mmrec.commandline.errors import BadInputError
+from mmrec.commandline.memory_check import check_memory
+from mmrec.commandline.preflight import watch_remark
 from mmrec.commandline.trainer_cli import RunCLI
 
 # What tells the reader how to go on: a nearest name, what would be accepted, or an order.
@@ -18,6 +29,7 @@ TUNED = "lightning_modules.strategies.TunedDDPStrategy"
 SHARDED = "lightning_modules.fsdp2_strategy.FSDP2Strategy"
 STRATEGY = "trainer:\n  strategy:\n    class_path: " + TUNED + "\n    init_args: "
 IN_SHARDS = "auxiliary_curves: {gradients_every_n_steps: 0}\n" + STRATEGY.replace(TUNED, SHARDED)
+NETWORK = Namespace(optimizer="adamw", network=Namespace(vocab_size=300, model_dim=192, num_layers=2, num_heads=2))
 
 # Content of x.yaml, laid over cpu_tiny, and the key or file that the line must name first.
 FILES = {
@@ -165,10 +177,45 @@ def test_more_gpus_than_there_are_and_a_list_that_names_one_twice(cli, tmp_path:
 
 
 def test_a_network_far_beyond_the_gpu_is_refused_unless_its_weights_are_divided(cli, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mmrec.commandline.memory_check._memory", lambda accelerator: ("a GPU here", 2**20))
+    monkeypatch.setattr("mmrec.commandline.memory_check._memory", lambda *_: ("a GPU here", 2**20))
     assert wrong(cli, tmp_path).startswith("model.network does not fit: weights, gradients and optimiser take ")
     with pytest.raises(AssertionError, match="the config was taken"):
         cli("fit", "--config", "cpu_tiny", "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy")
+
+
+def test_a_gpu_is_not_asked_for_its_memory_before_ranks_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that initialises CUDA, with which no forked rank could start."""
+    asked = []
+    properties = SimpleNamespace(total_memory=2**20)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda index: asked.append(index) or properties)
+    for strategy, times in (("ddp_fork", 0), ("ddp_notebook", 0), ("ddp", 1), ("auto", 2)):
+        config = Namespace(trainer=Namespace(strategy=strategy, accelerator="auto", precision=None), data=Namespace(), model=NETWORK)
+        with pytest.raises(BadInputError, match=r"^model\.network does not fit: ") if times else nullcontext():
+            check_memory(config)
+        assert len(asked) == times
+
+
+@pytest.mark.parametrize(
+    ("strategy", "key", "seconds"),
+    [
+        (TunedDDPStrategy(timeout_seconds=544), "trainer.strategy.timeout_seconds", 544),
+        (FSDP2Strategy(timeout_seconds=60), "trainer.strategy.timeout_seconds", 60),
+        (DDPStrategy(timeout=timedelta(seconds=9)), "trainer.strategy.timeout", 9),
+    ],
+)
+def test_a_watch_that_would_come_too_late_is_told_of(strategy: Strategy, key: str, seconds: int) -> None:
+    def remark(strategy: Strategy, ranks: int = 2, **watch: float) -> str | None:
+        return watch_remark(SimpleNamespace(strategy=strategy, world_size=ranks, callbacks=[RankWatch(**watch)]))
+
+    assert remark(strategy) == (
+        f"rank_watch.hang_after_seconds is 540, and by {key} a run that hangs ends after {seconds} s, before every rank's stacks are "
+        "written; give it more than 544 s, or a lower rank_watch.hang_after_seconds"
+    )
+    assert remark(strategy, ranks=1) is None
+    assert remark(strategy, hang_after_seconds=0) is None
+    assert watch_remark(SimpleNamespace(strategy=strategy, world_size=2, callbacks=[])) is None
+    assert remark(type(strategy)()) is None  # as everything is by default
 
 
 def test_null_is_taken_where_the_trainer_has_a_default_of_its_own(cli) -> None:

@@ -43,10 +43,17 @@ def test_without_torchao_one_line_says_how_to_get_it(
     monkeypatch.setattr("lightning_modules.mm_rec_module.check_float8", lambda *arguments: None)
     module = stubs.make_module(**option)
     stubs.make_trainer(tmp_path, logger=False).validate(module, datamodule=stubs.StubData())
-    with pytest.raises(ModuleNotFoundError, match=r"model\.\w+.* needs torchao .*; install it: pip install torchao") as error:
+    with pytest.raises(ModuleNotFoundError, match=r"^model\.\w+.* needs torchao, which is not installed; install it: pip") as error:
         stubs.make_trainer(tmp_path, logger=False).fit(module, datamodule=stubs.StubData())
     assert error.value.name is None  # the command line's sign of a fault that is the user's
     assert "\n" not in str(error.value)
+
+
+def test_a_torchao_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    monkeypatch.setitem(sys.modules, "torchao.optim", None)
+    with pytest.raises(ModuleNotFoundError, match=r"^a test needs torchao, which cannot be imported \(import of .*; install "):
+        import_torchao("a test")
 
 
 def test_nobody_imports_torchao_who_has_not_asked(stubs: ModuleType) -> None:
