@@ -3,6 +3,7 @@
 Not of the test's process: where PyTorch has found a GPU, or a test has compiled something, the backward pass of a fork of it is refused.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -10,16 +11,19 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import fault_run
+import pytest
 import torch
 from processes import ROOT, environment, free_port, run_python
 
 _OUTPUT = ("stdout", "stderr")
+_SERVER = forkserver.ForkServer()  # beside the process' own, which data workers come of: that one has imported less
+_SERVER.set_forkserver_preload(["fault_run"])
 
 
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any, seconds: float = 120) -> list[int | None]:
@@ -27,12 +31,13 @@ def run_ranks(function: Callable[..., None], world: int, *arguments: Any, second
 
     The function is one of a module; what the processes print is printed here when all have ended.
     """
-    context, port = _context(), free_port()
+    context, port = multiprocessing.get_context("forkserver"), free_port()
     with tempfile.TemporaryDirectory() as folder:
         given = (port, folder, dict(os.environ), os.getcwd(), function, arguments)
         processes = [context.Process(target=_rank, args=(rank, world, *given)) for rank in range(world)]
-        for process in processes:
-            process.start()
+        with _served():
+            for process in processes:
+                process.start()
         for process in processes:
             process.join(seconds)
         codes = [process.exitcode for process in processes]
@@ -59,17 +64,13 @@ def train_in_processes(options: Mapping[str, Any], world: int, seconds: float = 
     return fault_run.results(options["folder"], world)
 
 
-def _context() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fault_run"])
-    before = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # the server has no other word of where modules lie
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONPATH"]
-        os.environ |= {} if before is None else {"PYTHONPATH": before}
-    return context
+@contextlib.contextmanager
+def _served() -> Iterator[None]:
+    """Processes of the context `forkserver` that are started here come of the tests' server."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")  # the server has no other word of where modules lie
+        patch.setattr(forkserver, "connect_to_new_process", _SERVER.connect_to_new_process)
+        yield
 
 
 def _rank(
