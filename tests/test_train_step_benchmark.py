@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -12,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from processes import environment
 
 from lightning_modules import MMRecLightningModule
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(BENCHMARKS.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
 KEYS = {
     "case", "config", "params_m", "uboo", "B", "T", "gpus", "strategy", "precision", "optimizer", "compile", "fp8", "checkpointing",
     "tokens_per_s", "ms_per_step", "mfu", "peak_gib", "first_step_s", "peers", "host_ms", "torch", "triton", "gpu", "date",
@@ -36,7 +35,7 @@ def command_line(*arguments: str) -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command_line(*arguments), env=ENVIRONMENT, capture_output=True, text=True, timeout=200, check=False)
+    return subprocess.run(command_line(*arguments), env=environment(), capture_output=True, text=True, timeout=200, check=False)
 
 
 def test_the_tiny_cases_run_on_a_cpu(tmp_path: Path) -> None:
@@ -73,7 +72,7 @@ def test_a_failure_is_a_row_with_its_reason(tmp_path: Path) -> None:
 def test_a_killed_run_leaves_no_worker_behind(tmp_path: Path) -> None:
     """It would keep the GPU from whatever is measured next."""
     command = command_line("--only", "tiny", "--steps", "100000", "--output", str(tmp_path / "rows.json"))
-    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
+    with subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as running:
         children = Path(f"/proc/{running.pid}/task/{running.pid}/children")
         while not children.read_text():
             assert running.poll() is None

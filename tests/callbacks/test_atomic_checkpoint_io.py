@@ -87,6 +87,19 @@ def test_what_it_loads_is_checked_and_runs_nothing(io: AtomicCheckpointIO, tmp_p
         io.load_checkpoint(path, weights_only=False)
 
 
+def test_what_is_loaded_is_mapped_and_may_be_written_over(io: AtomicCheckpointIO, tmp_path: Path) -> None:
+    """Without a change of the file, and though its name has gone."""
+    path = tmp_path / "a.ckpt"
+    io.save_checkpoint({"weights": torch.ones(100_000)}, path)
+    first = io.load_checkpoint(path)["weights"]
+    assert str(path) in Path("/proc/self/maps").read_text()
+    first.fill_(2.0)
+    second = io.load_checkpoint(path)["weights"]
+    path.unlink()
+    assert torch.equal(second, torch.ones(100_000))
+    assert torch.equal(first, torch.full((100_000,), 2.0))
+
+
 SAVER = """
 import sys, torch
 from callbacks import AtomicCheckpointIO
@@ -99,19 +112,6 @@ for step in range(10_000):
     link_or_copy(copy, folder / "last.ckpt")
     print(step, flush=True)
 """
-
-
-def test_what_is_loaded_is_mapped_and_may_be_written_over(io: AtomicCheckpointIO, tmp_path: Path) -> None:
-    """Without a change of the file, and though its name has gone."""
-    path = tmp_path / "a.ckpt"
-    io.save_checkpoint({"weights": torch.ones(100_000)}, path)
-    first = io.load_checkpoint(path)["weights"]
-    assert str(path) in Path("/proc/self/maps").read_text()
-    first.fill_(2.0)
-    second = io.load_checkpoint(path)["weights"]
-    path.unlink()
-    assert torch.equal(second, torch.ones(100_000))
-    assert torch.equal(first, torch.full((100_000,), 2.0))
 
 
 def test_a_kill_at_any_moment_leaves_whole_files(io: AtomicCheckpointIO, tmp_path: Path) -> None:
