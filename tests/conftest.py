@@ -28,6 +28,16 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """After a test the environment is as before: Lightning leaves LOCAL_RANK there, and whoever finds it waits for others' ranks."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def _signals() -> Iterator[None]:
     """After a `fit` within the test's process, signals end that process again."""
     yield

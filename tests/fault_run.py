@@ -5,6 +5,7 @@ each rank that came to the end.
 """
 
 import copy
+import faulthandler
 import json
 import os
 import signal
@@ -25,6 +26,7 @@ from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from lightning_modules.strategies import TunedDDPStrategy
 
 ENDLESS = 10_000.0
+SECONDS = 270.0  # after which a run that hangs ends with its stacks
 
 
 class Fault(Callback):
@@ -183,4 +185,5 @@ def train(options: dict[str, Any]) -> Trainer:
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
     train(json.loads(sys.argv[1]))

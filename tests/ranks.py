@@ -4,6 +4,7 @@ Not of the test's process: where PyTorch has found a GPU, or a test has compiled
 """
 
 import contextlib
+import faulthandler
 import json
 import multiprocessing
 import os
@@ -29,11 +30,11 @@ _SERVER.set_forkserver_preload(["fault_run"])
 def run_ranks(function: Callable[..., None], world: int, *arguments: Any, seconds: float = 120) -> list[int | None]:
     """Call `function(*arguments)` in so many processes that find each other as Lightning's do; their exit codes, None if too slow.
 
-    The function is one of a module; what the processes print is printed here when all have ended.
+    The function is one of a module; what the processes print is printed here when all have ended, and the stacks of one that hangs.
     """
     context, port = multiprocessing.get_context("forkserver"), free_port()
     with tempfile.TemporaryDirectory() as folder:
-        given = (port, folder, dict(os.environ), os.getcwd(), function, arguments)
+        given = (port, folder, dict(os.environ), os.getcwd(), 0.9 * seconds, function, arguments)
         processes = [context.Process(target=_rank, args=(rank, world, *given)) for rank in range(world)]
         with _served():
             for process in processes:
@@ -80,6 +81,7 @@ def _rank(
     output: str,
     variables: dict[str, str],
     folder: str,
+    seconds: float,
     function: Callable[..., None],
     arguments: tuple[Any, ...],
 ) -> None:
@@ -88,6 +90,7 @@ def _rank(
     os.chdir(folder)
     for descriptor, name in enumerate(_OUTPUT, 1):
         os.dup2(os.open(f"{output}/{name}-{rank}", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o600), descriptor)
+    faulthandler.dump_traceback_later(seconds, exit=True)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from lightning import Callback, LightningModule, Trainer
+from ranks import run_ranks
 
 from callbacks import RankChange
 from datamodules import C4DataModule, RecallDataModule
@@ -45,14 +46,23 @@ class Keep(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: Any, *_: Any) -> None:
         whole = self.folder / f"rank-{trainer.global_rank}.pt"
         torch.save(torch.stack(module.rows), whole.with_suffix(".part"))
-        whole.with_suffix(".part").replace(whole)  # the launcher may kill this rank at any moment, once another has gone
+        whole.with_suffix(".part").replace(whole)  # not torn where this rank is killed
         if trainer.global_step == self.save_at and not trainer.fit_loop._should_accumulate():
             trainer.save_checkpoint(self.folder / "step.ckpt")
         if self.kill == (trainer.global_rank, trainer.global_step):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def fit(
+def fit(data: PackedDataModule, folder: Path, ranks: int, **options: Any) -> None:
+    """Train to the end on ranks of their own, or in this process."""
+    folder.mkdir()
+    if ranks == 1:
+        fit_rank(data, folder, ranks, **options)
+    else:
+        assert run_ranks(partial(fit_rank, data, folder, ranks, **options), ranks) == [0] * ranks
+
+
+def fit_rank(
     data: PackedDataModule,
     folder: Path,
     ranks: int,
@@ -63,13 +73,11 @@ def fit(
     resume: Path | None = None,
     accumulate: int = 1,
 ) -> None:
-    """Train on `ranks` forked processes, or in this one."""
-    folder.mkdir()
-    several: dict[str, Any] = {"devices": ranks, "strategy": "ddp_fork"} if ranks > 1 else {"devices": 1}
+    """Train as one of so many ranks."""
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", accumulate_grad_batches=accumulate, logger=False, enable_progress_bar=False,
-        enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, limit_val_batches=0,
-        callbacks=[RankChange(), Keep(folder, save_at, kill)], **several,
+        enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, limit_val_batches=0, devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto", callbacks=[RankChange(), Keep(folder, save_at, kill)],
     )  # fmt: skip
     trainer.fit(Reader(), datamodule=data, ckpt_path=resume)
 
@@ -113,11 +121,9 @@ def test_three_preemptions_in_one_epoch(source: str, tokens: Any, corpus: Path, 
     assert steps > 20
     first, second, third = steps // 4, steps // 2, 3 * steps // 4
     fit(data(), tmp_path / "a", 2, steps=first, save_at=first)
+    (tmp_path / "b").mkdir()
     killed = {"steps": steps, "save_at": second, "kill": (1, second + 3), "resume": tmp_path / "a" / "step.ckpt"}
-    process = mp.get_context("spawn").Process(target=fit, args=(data(), tmp_path / "b", 2), kwargs=killed)
-    process.start()
-    process.join(120)
-    assert process.exitcode not in (0, None)
+    assert run_ranks(partial(fit_rank, data(), tmp_path / "b", 2, **killed), 2) == [1, -signal.SIGKILL]
     fit(data(), tmp_path / "c", 2, steps=third, save_at=third, resume=tmp_path / "b" / "step.ckpt")
     fit(data(), tmp_path / "d", 2, steps=steps, resume=tmp_path / "c" / "step.ckpt")
     fit(data(), tmp_path / "straight", 2, steps=steps)

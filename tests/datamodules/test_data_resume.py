@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import random
 import signal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from lightning import Callback, LightningModule, Trainer
+from ranks import run_ranks
 
 from datamodules import C4DataModule, RecallDataModule
 from datamodules.base import PackedDataModule
@@ -130,12 +131,8 @@ class DieAt(Callback):
 def test_killed_at_a_random_step(make_data, tmp_path: Path, source: str, num_workers: int) -> None:
     straight, _ = _fit(make_data(source, num_workers=num_workers), tmp_path)
     step, checkpoint = random.randrange(3, STEPS), tmp_path / "step.ckpt"
-    process = mp.get_context("fork").Process(
-        target=_fit, args=(make_data(source, num_workers=num_workers), tmp_path), kwargs={"callback": DieAt(checkpoint, step)}
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    killed = partial(_fit, make_data(source, num_workers=num_workers), tmp_path, callback=DieAt(checkpoint, step))
+    assert run_ranks(killed, 1) == [-signal.SIGKILL]
     resumed, _ = _fit(make_data(source, num_workers=num_workers), tmp_path, resume=checkpoint)
     _assert_same(resumed, straight[(step - 1) // 2 * 2 :])
 
@@ -152,12 +149,16 @@ class SaveBatches(Callback):
 
 def _fit_on_two_ranks(data: PackedDataModule, folder: Path, callbacks: list[Callback], resume: Path | None) -> list[Any]:
     folder.mkdir()
+    assert run_ranks(_fit_rank, 2, data, folder, callbacks, resume) == [0, 0]
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
+def _fit_rank(data: PackedDataModule, folder: Path, callbacks: list[Callback], resume: Path | None) -> None:
     trainer = Trainer(
-        max_steps=STEPS, accelerator="cpu", devices=2, strategy="ddp_fork", logger=False, enable_progress_bar=False,
+        max_steps=STEPS, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_progress_bar=False,
         enable_checkpointing=False, enable_model_summary=False, default_root_dir=folder, callbacks=[*callbacks, SaveBatches(folder)],
     )  # fmt: skip
     trainer.fit(Recorder(), datamodule=data, ckpt_path=resume)
-    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
 
 
 @pytest.mark.parametrize("source", ["sample", "local"])
@@ -261,10 +262,9 @@ def test_an_edited_corpus_is_refused(corpus: Path, tokenizer_path: str, tmp_path
         _loader(data()).load_state_dict(state)
 
 
-def _rank(rank: int, folder: Path, source: C4DataModule, queue: Any) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.set_num_threads(1)
+def _read_and_return(folder: Path, source: C4DataModule) -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     source.setup()
     loader = source.train_dataloader()
     iterator = iter(loader)
@@ -276,28 +276,20 @@ def _rank(rank: int, folder: Path, source: C4DataModule, queue: Any) -> None:
     resumed.load_state_dict(state)
     iterator = iter(resumed)
     found = [next(iterator) for _ in range(3)]
-    same = all(torch.equal(ours[name], theirs[name]) for ours, theirs in zip(found, expected, strict=True) for name in ours)
-    queue.put((rank, same, state, [batch["input_ids"].tolist() for batch in expected]))
+    torch.save({"found": found, "expected": expected, "state": state}, folder / f"rank-{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("source", ["local", "tokens"])
 def test_two_ranks_keep_both_their_places(make_data, tmp_path: Path, source: str) -> None:
-    context = mp.get_context("fork")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_rank, args=(rank, tmp_path, make_data(source), queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    results = {entry[0]: entry[1:] for entry in (queue.get() for _ in range(2))}
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-    assert results[0][0]
-    assert results[1][0]
-    assert results[0][1] == results[1][1]  # every rank's checkpoint holds both places
-    assert results[0][1]["ranks"][0] != results[0][1]["ranks"][1]
-    assert results[0][2] != results[1][2]
+    assert run_ranks(_read_and_return, 2, tmp_path, make_data(source)) == [0, 0]
+    first, second = (torch.load(tmp_path / f"rank-{rank}.pt", weights_only=False) for rank in range(2))
+    for rank in (first, second):
+        _assert_same(rank["found"], rank["expected"])
+    assert first["state"] == second["state"]  # every rank's checkpoint holds both places
+    assert first["state"]["ranks"][0] != first["state"]["ranks"][1]
+    assert not torch.equal(first["expected"][0]["input_ids"], second["expected"][0]["input_ids"])
     refusal = r"written by 2 process\(es\), this run has 1" if source == "local" else r"processes had read 3, 4 batches, which no other"
     with pytest.raises(ValueError, match=refusal):
-        _loader(make_data(source)).load_state_dict(results[0][1])
+        _loader(make_data(source)).load_state_dict(first["state"])

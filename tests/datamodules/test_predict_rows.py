@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import LightningModule, Trainer
+from ranks import run_ranks
 from torch import Tensor
 
 from datamodules import C4DataModule
@@ -56,12 +57,16 @@ class Echo(LightningModule):
         torch.save(torch.cat(self.rows), self.folder / f"{self.global_rank}.pt")
 
 
+def predict_rank(tokens_dir: Path, folder: Path, own_sampler: bool) -> None:
+    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "default_root_dir": folder, "accelerator": "cpu"}
+    trainer = Trainer(devices=2, strategy="ddp", use_distributed_sampler=own_sampler, **options)
+    trainer.predict(Echo(folder), datamodule=data_module(tokens_dir))
+
+
 @pytest.mark.parametrize("own_sampler", [True, False])
 def test_two_processes_divide_the_rows_through_the_trainer(tokens_dir: Path, tmp_path: Path, own_sampler: bool) -> None:
     """Also where Lightning would divide them once more."""
-    options: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "default_root_dir": tmp_path, "accelerator": "cpu"}
-    trainer = Trainer(devices=2, strategy="ddp_fork", use_distributed_sampler=own_sampler, **options)
-    trainer.predict(Echo(tmp_path), datamodule=data_module(tokens_dir))
+    assert run_ranks(predict_rank, 2, tokens_dir, tmp_path, own_sampler) == [0, 0]
     alone = predicted(data_module(tokens_dir))
     for rank in (0, 1):
         assert torch.equal(torch.load(tmp_path / f"{rank}.pt"), alone[rank::2])
