@@ -1,44 +1,59 @@
-"""RankChange: a run that goes on with another number of ranks counts its batches anew, and its steps and samples on."""
+"""RankChange: a run that goes on with other ranks or micro-batches counts its batches anew, and its steps and samples on."""
 
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+_ACCUMULATED = "accumulate_grad_batches"
+
 
 class RankChange(Callback):
-    """Aligns Lightning's count of batches where a checkpoint of another number of ranks is resumed.
+    """Aligns Lightning's count of batches where a run goes on with another number of ranks, or of micro-batches a step.
 
     Lightning tells by the number of batches which of them ends a step and when to validate. With other ranks a step is of another number
     of batches (`trainer.accumulate_grad_batches`), so that the count becomes steps taken times that. Where the samples go on is the data
     loader's affair, which refuses what it cannot do. Keep ranks times batch size times accumulated batches, and the curve goes on.
+
+    A checkpoint from within a step is refused: the gradients of the micro-batches before it are lost, and the step would be taken from
+    the others' alone.
     """
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep how many micro-batches a step takes."""
+        checkpoint["callbacks"][self.state_key] = {_ACCUMULATED: trainer.accumulate_grad_batches}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Change the counts in the checkpoint, which the loops read after this.
 
         Raises:
-            ValueError: the checkpoint lies within a step's micro-batches, whose gradients another number of ranks cannot share.
+            ValueError: the checkpoint lies within a step's micro-batches.
         """
         if trainer.state.fn != "fit":
             return
         loop = checkpoint["loops"]["fit_loop"]
         loaders = loop["state_dict"].get("combined_loader") or [{}]
-        then = loaders[0].get("world_size", trainer.world_size)
-        if then == trainer.world_size:
-            return
+        ranks = loaders[0].get("world_size", trainer.world_size)
+        now = trainer.accumulate_grad_batches
+        then = checkpoint.get("callbacks", {}).get(self.state_key, {}).get(_ACCUMULATED, now)
         progress = loop["epoch_loop.batch_progress"]
-        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
         before = progress["current"]["ready"]
-        if before % max(1, steps):
+        if before % then and not progress["is_last_batch"]:  # an epoch's last step may be of fewer
             raise ValueError(
-                f"cannot resume with {trainer.world_size} process(es): the checkpoint of {then} was written within a step; start {then}, "
-                "or resume from one that was written behind a step"
+                f"cannot resume: the checkpoint was written within a step, after {before % then} of its {then} micro-batches, whose "
+                "gradients are not in it; go on from one that was written behind a step (--ckpt_path last). A validation falls behind a "
+                "step where trainer.val_check_interval is a multiple of trainer.accumulate_grad_batches"
             )
-        shift = steps * trainer.accumulate_grad_batches - before
+        if (ranks, then) == (trainer.world_size, now):
+            return
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
+        shift = steps * now - before
         for counts in (progress["current"], progress["total"]):
             for name in counts:
                 counts[name] += shift
         if trainer.is_global_zero:
-            print(
-                f"the checkpoint is of {then} process(es), this run of {trainer.world_size}: the samples go on where they were", flush=True
-            )
+            were, are = (_described(*one) for one in ((ranks, then), (trainer.world_size, now)))
+            print(f"the checkpoint is of {were}, this run of {are}: the samples go on where they were", flush=True)
+
+
+def _described(ranks: int, accumulated: int) -> str:
+    return f"{ranks} process(es) with {accumulated} micro-batch(es) a step"

@@ -39,6 +39,9 @@ class RunCheckpoint(ModelCheckpoint):
     to the checkpoint of the step that was validated, which is written for it where it is not there already. A second link is named by
     that step and loss. Without a validation there is no `best.ckpt`.
 
+    Gradients are in no checkpoint, so that none but `best.ckpt` is of a moment within a step. What asks the run to stop there
+    (`trainer.max_time`, EarlyStopping after a validation within a step) waits until the step's other micro-batches are done.
+
     A write that fails (a full disk, a folder without rights) is told in one line, and training goes on: the next may well succeed. After
     three in a row, or where a run's last one fails, the run stops with that line, on all ranks. What was written before stays as it is.
     """
@@ -73,6 +76,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._best_loss = float("inf")
         self._failures = 0  # in a row
         self._written: Path | None = None  # the checkpoint of the step that was saved last
+        self._stops = False  # at the end of the step
 
     @property
     def state_key(self) -> str:
@@ -98,7 +102,7 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the step a run was resumed from as saved, and its best validation loss; make the folder whole where it was not."""
         super().on_train_start(trainer, pl_module)
-        self._failures, self._best_loss = 0, float("inf")
+        self._failures, self._best_loss, self._stops = 0, float("inf"), False
         if trainer.ckpt_path is None:
             return
         self._last_global_step_saved = trainer.global_step
@@ -118,14 +122,31 @@ class RunCheckpoint(ModelCheckpoint):
             path.rename(path.with_name(path.name + DAMAGED_SUFFIX))
         if self.damaged:
             print(f"renamed to *{DAMAGED_SUFFIX}: {', '.join(path.name for path in self.damaged)}", flush=True)
-        if resumed.absolute().parent == self.folder and not (self.folder / LAST).exists():
+        if Path(os.path.abspath(resumed)).parent == self.folder and not (self.folder / LAST).exists():
             _link(resumed, self.folder / LAST)
 
     # ---- when
 
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Write what is due at the end of a step, and let the run stop there."""
+        if self._within_step(trainer):  # ModelCheckpoint would try a write that has failed once more
+            return
+        trainer.should_stop = trainer.should_stop or self._stops
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def _within_step(self, trainer: Trainer) -> bool:
+        """Whether a step's other micro-batches are still to come; then a stop that was asked for is put off."""
+        within = trainer.fit_loop._should_accumulate()
+        if within and trainer.should_stop:
+            self._stops, trainer.should_stop = True, False
+        return within
+
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the checkpoint of what was validated, if it is the best so far."""
-        if not self.keep_best or trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.fast_dev_run:
+            return
+        self._within_step(trainer)
+        if not self.keep_best:
             return
         loss = getattr(pl_module, "last_validation", {}).get(VALIDATION_LOSS, float("nan"))
         if not trainer.strategy.broadcast(loss < self._best_loss):  # rank 0 knows what could be written
@@ -134,7 +155,7 @@ class RunCheckpoint(ModelCheckpoint):
         written = self._written if self._last_global_step_saved == trainer.global_step else None
         follow = partial(self._publish_best, written or named, named, loss)
         if written is None:
-            # Under its own name only: `last.ckpt` is what a run goes on from, and here gradients may be half accumulated.
+            # Under its own name only: `last.ckpt` is what a run goes on from, and this may be within a step, where RankChange refuses to.
             self._write(trainer, partial(trainer.save_checkpoint, str(named), self.save_weights_only), follow)
         elif trainer.is_global_zero and (failure := self._follow(trainer, follow)):
             _warn(failure)
@@ -189,7 +210,7 @@ class RunCheckpoint(ModelCheckpoint):
 
         try:
             save()
-        except OSError as error:  # rank 0's, the only one that writes; the others wait at the barrier that it missed
+        except OSError as error:  # of rank 0's checkpoint IO (loggers keep theirs to themselves); the others wait at the barrier it missed
             now = str(error)
             trainer.strategy.barrier("Trainer.save_checkpoint")
         else:

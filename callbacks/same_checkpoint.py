@@ -15,6 +15,14 @@ class SameCheckpoint(Callback):
     differs (folders that are not shared, a disk that fails on one node), they would train from different weights without a word.
     """
 
+    def __init__(self, path: Path | None) -> None:
+        """Remember what this rank has found.
+
+        Args:
+            path: the checkpoint; None: there is none. `trainer.ckpt_path` is set only later than `setup`, as the checkpoint is read.
+        """
+        self.path = path
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Compare, on all ranks.
 
@@ -24,7 +32,7 @@ class SameCheckpoint(Callback):
         if trainer.world_size == 1:
             return
         found: list[str] = [""] * trainer.world_size
-        dist.all_gather_object(found, _described(trainer.ckpt_path))
+        dist.all_gather_object(found, _described(self.path))
         other = next((rank for rank, description in enumerate(found) if description != found[0]), None)
         if other is not None:
             raise ValueError(
@@ -33,11 +41,10 @@ class SameCheckpoint(Callback):
             )
 
 
-def _described(path: object) -> str:
-    if not path:
+def _described(path: Path | None) -> str:
+    if path is None:
         return "none"
-    file = Path(str(path))
     try:
-        return f"{file.name} of {file.stat().st_size:,} bytes at step {read_checkpoint(file, mmap=True).get('global_step')}"
+        return f"{path.name} of {path.stat().st_size:,} bytes at step {read_checkpoint(path, mmap=True).get('global_step')}"
     except (OSError, ValueError) as error:  # said by all ranks: the others wait for this one's answer
-        return f"{file.name}, unreadable ({error})"
+        return f"{path.name}, unreadable ({error})"

@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_every
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RandomStates, RunCheckpoint
+from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RandomStates, RankChange, RunCheckpoint
 from lightning_modules import BaselineLightningModule, MMRecLightningModule
 from mmrec.baselines import BaselineConfig
 from mmrec.config import MMRecConfig
@@ -178,7 +178,7 @@ def main(options: dict[str, Any]) -> None:
         _kill_in_save(*kill_in_save)
     module = make_module(**options.pop("model", {}))
     seed_everything(options.pop("seed", 2) + 1000 * int(os.environ.get("LOCAL_RANK", 0)))
-    trainer = make_trainer(folder, [RandomStates(), checkpoints, RecordSteps(folder, kill_after)], **options)
+    trainer = make_trainer(folder, [RandomStates(), RankChange(), checkpoints, RecordSteps(folder, kill_after)], **options)
     trainer.fit(module, datamodule=data, ckpt_path=resume)
 
 

@@ -8,7 +8,7 @@ import torch
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer
 
-from callbacks import RankWatch
+from callbacks import RankWatch, RunCheckpoint
 from lightning_modules.checks import check_hyperparameters, check_vocabulary
 from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from lightning_modules.mm_rec_module import SUPPORTED_PRECISIONS
@@ -112,6 +112,18 @@ def watch_remark(trainer: Trainer) -> str | None:
     return (
         f"rank_watch.hang_after_seconds is {watch.hang_after_seconds:g}, and by {key} a run that hangs ends after {ended:g} s, before "
         f"every rank's stacks are written; give it more than {needed:g} s, or a lower rank_watch.hang_after_seconds"
+    )
+
+
+def validation_remark(trainer: Trainer) -> str | None:
+    """A line where validations fall within a step: no run can go on from a `best.ckpt` of such a moment. None where they do not."""
+    interval, batches = trainer.val_check_interval, trainer.accumulate_grad_batches
+    keeps = any(isinstance(callback, RunCheckpoint) and callback.keep_best for callback in trainer.checkpoint_callbacks)
+    if not keeps or not isinstance(interval, int) or interval % batches == 0:
+        return None
+    return (
+        f"trainer.val_check_interval is {interval} batches and a step takes {batches} (trainer.accumulate_grad_batches): no run can go on "
+        f"from a best.ckpt of a validation within a step; give a multiple of {batches}"
     )
 
 

@@ -45,7 +45,7 @@ from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.parse_errors import one_line
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
-from mmrec.commandline.preflight import check_before_building, require_groups, require_values, watch_remark
+from mmrec.commandline.preflight import check_before_building, require_groups, require_values, validation_remark, watch_remark
 from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.commandline.stopping import leave_if_stopped, leave_signals_to_children
@@ -288,7 +288,7 @@ class RunCLI(LightningCLI):
 
     def _our_callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         run = self.config_init[self.subcommand]
-        ours: list[Callback] = [SameCheckpoint()]
+        ours: list[Callback] = [SameCheckpoint(self._checkpoint)]
         ours += [run[key] for key in CONFIGURABLE_CALLBACKS if key not in run["disable_callbacks"]]
         if config["enable_progress_bar"] is not False:
             ours.append(TrainingProgressBar())
@@ -320,8 +320,9 @@ class RunCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Remember what an earlier run left, before this one makes files of its own; it is moved once nothing is refused any more."""
-        if remark := watch_remark(self.trainer):
-            say(f"warning: {remark}")
+        for remark in (watch_remark(self.trainer), validation_remark(self.trainer)):
+            if remark is not None:
+                say(f"warning: {remark}")
         leave_signals_to_children(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's list
             if isinstance(callback, SaveRunConfig) and self._checkpoint is None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RandomStates, RunCheckpoint
+from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RandomStates, RankChange, RunCheckpoint
 from mmrec.checkpoint_files import best_copies
 from mmrec.files import read_checkpoint
 
@@ -29,7 +29,7 @@ class Validations(Callback):
 def fit(folder: Path, stubs: ModuleType, losses: list[float], every: int = 3, resume: str | None = None, **options: Any) -> Validations:
     """A step a batch, a validation every third."""
     validations = Validations(losses)
-    callbacks = [RandomStates(), validations, RunCheckpoint(every_n_steps=every, keep_best=True)]
+    callbacks = [RandomStates(), RankChange(), validations, RunCheckpoint(every_n_steps=every, keep_best=True)]
     trainer = stubs.make_trainer(folder, callbacks, **{"logger": False, "max_steps": 3 * len(losses)} | options)
     trainer.fit(stubs.make_module(), datamodule=stubs.StubData(), ckpt_path=resume)
     return validations
@@ -101,6 +101,15 @@ def test_keeping_it_in_the_middle_of_a_step_does_not_change_what_a_run_goes_on_f
     fit(killed, stubs, [6.5, 6.0, 5.0, 4.0], every=4, resume="last", **options)
     last = [read_checkpoint(folder / "checkpoints" / "last.ckpt")["state_dict"] for folder in (killed, tmp_path / "straight")]
     assert all(torch.equal(last[0][name], value) for name, value in last[1].items())
+
+
+def test_no_run_goes_on_from_one_within_a_step(tmp_path: Path, stubs: ModuleType) -> None:
+    fit(tmp_path, stubs, [9.0, 9.5], max_steps=3, accumulate_grad_batches=2)
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    with pytest.raises(
+        ValueError, match=r"^cannot resume: the checkpoint was written within a step, after 1 of its 2 micro-batches, whose"
+    ):
+        fit(tmp_path, stubs, [9.0], resume=str(best), accumulate_grad_batches=2)
 
 
 @pytest.mark.parametrize("io", [AtomicCheckpointIO, BackgroundCheckpointIO])

@@ -38,11 +38,19 @@ class At(Callback):
 
 
 def fit(
-    folder: Path, stubs: ModuleType, io: type, actions: dict[int, Any], steps: int = 8, resume: str | None = None, **network: Any
+    folder: Path,
+    stubs: ModuleType,
+    io: type,
+    actions: dict[int, Any],
+    steps: int = 8,
+    resume: str | None = None,
+    accumulate: int = 1,
+    **network: Any,
 ) -> None:
     """A checkpoint every second step."""
     callbacks = [At(actions), RunCheckpoint(every_n_steps=2)]
-    trainer = stubs.make_trainer(folder, callbacks, logger=False, max_steps=steps, plugins=[io()])
+    options = {"logger": False, "max_steps": steps, "accumulate_grad_batches": accumulate, "plugins": [io()]}
+    trainer = stubs.make_trainer(folder, callbacks, **options)
     trainer.fit(stubs.make_module(network), datamodule=stubs.StubData(), ckpt_path=resume)
 
 
@@ -74,11 +82,11 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
 
 
 @pytest.mark.parametrize("io", IOS)
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize(("number", "accumulate"), [(errno.ENOSPC, 1), (errno.EDQUOT, 1), (errno.EROFS, 1), (errno.ENOSPC, 4)])
 def test_a_write_that_fails_once_is_told_and_training_goes_on(
-    number: int, io: type, disk: Disk, tmp_path: Path, stubs: ModuleType, capsys: pytest.CaptureFixture[str]
+    number: int, accumulate: int, io: type, disk: Disk, tmp_path: Path, stubs: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fit(tmp_path, stubs, io, {3: disk.breaks(number), 5: disk.breaks(0)})
+    fit(tmp_path, stubs, io, {3: disk.breaks(number), 5: disk.breaks(0)}, accumulate=accumulate)
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert len(told) == 1
     assert re.fullmatch(

@@ -142,3 +142,54 @@ def test_bad_arguments() -> None:
         RunCheckpoint(every_n_steps=0)
     with pytest.raises(ValueError, match="keep is -1; give 0 or more copies"):
         RunCheckpoint(keep=-1)
+
+
+class StopAt(Callback):
+    """Asks the run to stop after a batch, or in the validation after it, as EarlyStopping and `max_time` do."""
+
+    def __init__(self, batch: int, in_validation: bool) -> None:
+        self.batch, self.in_validation = batch, in_validation
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx + 1 == self.batch and not self.in_validation:
+            trainer.should_stop = True
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == self.batch and self.in_validation:
+            trainer.should_stop = True
+
+
+@pytest.mark.parametrize("in_validation", [False, True])
+def test_a_run_that_is_to_stop_within_a_step_ends_the_step(in_validation: bool, tmp_path: Path, stubs: ModuleType) -> None:
+    """Else the resumed run would take the next step from what was left of its micro-batches."""
+    options = {"logger": False, "accumulate_grad_batches": 4, "val_check_interval": 3, "max_steps": 5}
+
+    def fit(folder: Path, callbacks: list[Callback], resume: str | None = None) -> Any:
+        trainer = stubs.make_trainer(folder, [*callbacks, RunCheckpoint(every_n_steps=100)], **options)
+        trainer.fit(stubs.make_module(), datamodule=stubs.StubData(batches=30), ckpt_path=resume)
+        return trainer
+
+    straight = fit(tmp_path / "straight", [])
+    stopped = fit(tmp_path / "run", [StopAt(6, in_validation)])
+    assert stopped.global_step == 2
+    resumed = fit(tmp_path / "run", [], "last")
+    for found, expected in zip(resumed.lightning_module.parameters(), straight.lightning_module.parameters(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_last_is_put_back_where_the_way_to_it_goes_up(tmp_path: Path, stubs: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative folder with `..` in it, as a job's script may give it."""
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.chdir(tmp_path / "jobs")
+    fit(Path("../run"), stubs, max_steps=3)
+    folder = tmp_path / "run" / "checkpoints"
+    (copy,) = folder.glob("step=*")
+    (folder / "last.ckpt").unlink()
+
+    class Look(Callback):
+        def on_train_batch_start(self, *args: Any) -> None:
+            assert (folder / "last.ckpt").exists()
+
+    checkpoints = RunCheckpoint(every_n_steps=100)
+    trainer = stubs.make_trainer(Path("../run"), [Look(), checkpoints], logger=False, max_steps=4)
+    trainer.fit(stubs.make_module(), datamodule=stubs.StubData(), ckpt_path=f"../run/checkpoints/{copy.name}")

@@ -174,6 +174,18 @@ def test_a_hang_that_the_strategy_would_end_first_is_told_of_before_training(cli
         assert "hang_after_seconds" not in cli(*two, "--trainer.strategy.timeout_seconds", "300", *fine).out
 
 
+def test_a_best_checkpoint_within_a_step_is_told_of_before_training(cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(trainer: Any) -> None:
+        raise BadInputError("enough; take the rest away")
+
+    monkeypatch.setattr("mmrec.commandline.trainer_cli.leave_signals_to_children", reached)
+    fit = ("fit", "--config", "cpu_tiny", "--trainer.val_check_interval", "6", "--trainer.accumulate_grad_batches")
+    (line,) = [line for line in cli(*fit, "4").out.splitlines() if line.startswith("warning: trainer.val_check_interval is 6 batches")]
+    assert line.endswith("; give a multiple of 4")
+    for fine in ([*fit, "3"], [*fit, "4", "--checkpoint_best", "false"]):
+        assert "val_check_interval" not in cli(*fine).out
+
+
 @pytest.mark.parametrize("folder", ["a_file", "a_file/below", "/proc/mmrec"])
 def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_is_built(folder: str, cli) -> None:
     Path("a_file").write_text("in the way")

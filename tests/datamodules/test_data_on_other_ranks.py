@@ -166,6 +166,14 @@ def test_an_epoch_that_other_ranks_end(then: int, now: int, batch_size: int, acc
     assert torch.equal(seen(tmp_path / "c", now), parts[1][-2 * a_step :])
 
 
+def test_steps_of_other_micro_batches_are_whole_ones(tokens: Any, tmp_path: Path) -> None:
+    """Five steps of three, then four of four."""
+    fit(tokens(), tmp_path / "a", 1, steps=5, save_at=5, accumulate=3)
+    fit(tokens(), tmp_path / "b", 1, steps=9, save_at=9, accumulate=4, resume=tmp_path / "a" / "step.ckpt")
+    fit(tokens(), tmp_path / "straight", 1, steps=5 * 3 + 4 * 4)
+    assert torch.equal(torch.cat([seen(tmp_path / "a", 1), seen(tmp_path / "b", 1)]), seen(tmp_path / "straight", 1))
+
+
 def test_other_ranks_over_text_are_refused_in_one_line(corpus: Path, tokenizer_path: str, tmp_path: Path) -> None:
     def data() -> C4DataModule:
         return C4DataModule("local", seq_len=24, batch_size=2, train_files=str(corpus / "train-*"), tokenizer=tokenizer_path)
@@ -180,17 +188,24 @@ def test_other_ranks_over_text_are_refused_in_one_line(corpus: Path, tokenizer_p
     )
 
 
-def test_a_checkpoint_from_within_a_step_is_refused_by_other_ranks(tmp_path: Path) -> None:
-    progress = {"current": {"ready": 7}, "total": {"ready": 7}}
-    step = {"optimizer": {"step": {"current": {"completed": 3}}}}
-    loop = {"state_dict": {"combined_loader": [{"world_size": 2}]}, "epoch_loop.batch_progress": progress}
+@pytest.mark.parametrize(("ready", "steps"), [(7, 1), (6, 1), (1, 0)])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_from_within_a_step_is_refused(ready: int, steps: int, ranks: int) -> None:
+    progress = {"current": {"ready": ready}, "total": {"ready": ready}, "is_last_batch": False}
+    step = {"optimizer": {"step": {"current": {"completed": steps}}}}
+    loop = {"state_dict": {"combined_loader": [{"world_size": ranks}]}, "epoch_loop.batch_progress": progress}
     loop["epoch_loop.automatic_optimization.optim_progress"] = step
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.state.fn = "fit"  # type: ignore[assignment]
+    checkpoint = {"loops": {"fit_loop": loop}, "callbacks": {"RankChange": {"accumulate_grad_batches": 4}}}
+    taken = ready - 4 * steps
     with pytest.raises(
-        ValueError, match=r"^cannot resume with 1 process\(es\): the checkpoint of 2 was written within a step; start 2, or"
+        ValueError, match=rf"^cannot resume: .* within a step, after {taken} of its 4 micro-batches, .* \(--ckpt_path last\)"
     ):
-        RankChange().on_load_checkpoint(trainer, Reader(), {"loops": {"fit_loop": loop}})
+        RankChange().on_load_checkpoint(trainer, Reader(), checkpoint)
+    progress["is_last_batch"] = True  # an epoch's last step
+    RankChange().on_load_checkpoint(trainer, Reader(), checkpoint)
+    assert progress["current"] == {"ready": steps}
 
 
 def test_the_place_of_a_row_is_where_it_was_read(tmp_path: Path) -> None:
