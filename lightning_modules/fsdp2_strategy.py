@@ -65,8 +65,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, module: Any) -> None:
-        """Shard `module.network`, once; called by the module's `configure_model`."""
+        """Shard `module.network`, unless another Trainer has; called by the module's `configure_model`.
+
+        Raises:
+            ValueError: for a hyperparameter of the module that cannot be meant with shards.
+        """
         if is_sharded(module.network):
+            self._whole = wide_parameters(module.network)
             return
         check_shardable(module.hparams)
         network = self.precision_plugin.convert_module(module.network)  # before: a shard's dtype is settled with it
