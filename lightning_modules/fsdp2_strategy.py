@@ -79,7 +79,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         shard_network(network, self.device_mesh["data_parallel"], _DTYPES[self.gradients])
 
     def setup(self, trainer: Any) -> None:
-        """As Lightning's; what is whole begins as rank 0 has it, as under DDP."""
+        """As Lightning's; what is whole begins as rank 0 has it, as under DDP.
+
+        Evaluation is without inference mode: what it gathers has no version, which shards need, nor may a later backward save it.
+        """
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
         super().setup(trainer)
         for parameter in self._whole:
             torch.distributed.broadcast(parameter.detach(), 0)

@@ -244,7 +244,7 @@ def test_the_same_over_nccl(precision: str, optimizer: str, tmp_path: Path) -> N
         return train_in_processes({**given, "accelerator": "gpu"}, gpus, CUDA_VISIBLE_DEVICES=seen)[0]["losses"]
 
     limit = 1e-5 if precision == "32-true" else 1e-2
-    one, two = train("one", 1), train("two", 2)
+    one, two = train("one", 1), train("two", 2, limit_val_batches=2)
     assert two == pytest.approx(one, rel=limit)
     (third,) = (tmp_path / "two" / "checkpoints").glob("step=000003-*.ckpt")
     assert train("resumed", 2, resume=third) == pytest.approx(two[3:], rel=limit)
