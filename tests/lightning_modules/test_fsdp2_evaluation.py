@@ -13,6 +13,7 @@ from lightning.pytorch.loops import utilities
 from ranks import run_ranks
 from stub_run import VOCAB, StubData, make_batch, make_module, make_trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from datamodules.base import PackedDataModule
 from lightning_modules.fsdp2_strategy import FSDP2Strategy
@@ -49,6 +50,43 @@ def predicted(trainer: Trainer, module: Any, data: Any) -> Tensor:
     batches = trainer.predict(module, data)
     assert batches is not None
     return torch.cat([batch["log_likelihood"] for batch in batches])
+
+
+def evaluate(folder: Path, num_windows: int) -> None:
+    """On each rank: validation's loss and its own sequences' predictions, to a file; a second pass finds all as the first did."""
+    trainer, module, data = trainer_on(folder, 2, FSDP2Strategy()), make_module(), WindowsData(num_windows)
+    found = predicted(trainer, module, data)
+    (validated,) = trainer.validate(module, data, verbose=False)
+    assert torch.equal(predicted(trainer, module, data), found)
+    torch.save((found, validated), folder / f"{trainer.global_rank}.pt")
+
+
+@pytest.mark.parametrize("num_windows", [5, 7], ids=["unequal batches", "unequal rows"])
+def test_ranks_with_unequal_rows_predict_and_validate(num_windows: int, tmp_path: Path) -> None:
+    """Each sequence is predicted once, as one process does it. Validation leaves out the one that not every rank has an equal of."""
+    assert run_ranks(evaluate, 2, tmp_path, num_windows) == [0, 0]
+    alone, module = trainer_on(tmp_path, 1, "auto"), make_module()
+    expected = predicted(alone, module, WindowsData(num_windows))
+    (validated,) = alone.validate(module, WindowsData(num_windows - 1), verbose=False)
+    for rank in (0, 1):
+        found, losses = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(found, expected[rank::2])
+        assert losses == pytest.approx(validated, rel=1e-6)
+
+
+def predict_own(folder: Path) -> None:
+    """On each rank: loaders of a rank's own making, one with three batches and one with one."""
+    trainer = trainer_on(folder, 2, FSDP2Strategy(), use_distributed_sampler=False)
+    batches = [[[0], [1, 2, 3], [4, 5]], [[6, 7]]][trainer.global_rank]
+    loader = DataLoader([make_batch(rows) for rows in batches], batch_size=None)
+    torch.save(predicted(trainer, make_module(), loader), folder / f"{trainer.global_rank}.pt")
+
+
+def test_ranks_predict_what_their_loaders_give(tmp_path: Path) -> None:
+    assert run_ranks(predict_own, 2, tmp_path) == [0, 0]
+    expected = predicted(trainer_on(tmp_path, 1, "auto"), make_module(), WindowsData(8))
+    found = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    torch.testing.assert_close(torch.cat(found), expected)
 
 
 def evaluate_as_over_nccl(folder: Path) -> None:
