@@ -55,7 +55,11 @@ class PackedDataModule(LightningDataModule):
         return {**self._identity, "num_workers": self.num_workers, "ranks": self._world_size}
 
     def train_dataloader(self) -> ResumableDataLoader:
-        """Endless, resumable: see `ResumableDataLoader`."""
+        """Endless, resumable: see `ResumableDataLoader`.
+
+        Raises:
+            ValueError: before `setup`.
+        """
         if self._train is None:
             raise ValueError("the data module is not set up: call prepare_data() and setup() first")
         return ResumableDataLoader(
@@ -63,17 +67,26 @@ class PackedDataModule(LightningDataModule):
         )
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
-        """One loader, or a list in the order of `validation_names`."""
+        """One loader, or a list in the order of `validation_names`; every rank gets equally many batches and rows.
+
+        Raises:
+            ValueError: fewer windows than ranks.
+        """
         loaders = [self._validation_loader(self._validation[name]) for name in self.validation_names]
         return loaders if len(loaders) > 1 else loaders[0]
 
     def test_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
+        """As in validation: a test reads the same batches."""
         return self.val_dataloader()
 
     def predict_dataloader(self) -> DataLoader[Any]:
         """The first validation source, each row once over all ranks: rank r of W takes rows r, r + W, r + 2W, ...
 
-        Map-style, since Lightning wraps the sampler to track indices. It adds no sampler of its own to one that is distributed already.
+        Ranks may differ by one row, and so by one batch. Map-style, since Lightning wraps the sampler to track indices. It adds no sampler
+        of its own to one that is distributed already.
+
+        Raises:
+            ValueError: fewer sequences than ranks.
         """
         source, world_size = self._validation[self.validation_names[0]], self._world_size
         if source.num_windows < world_size:

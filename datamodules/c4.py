@@ -144,6 +144,12 @@ class C4DataModule(PackedDataModule):
 
     @property
     def vocab_size(self) -> int:
+        """Token ids are below it: of the sample the size asked for, else that of the tokenizer, or of the prepared tokens.
+
+        Raises:
+            ValueError: it is not the size asked for; the source lacks its tokenizer or folder, or what lies there is none.
+            FileNotFoundError: there is no such tokenizer, or no prepared tokens.
+        """
         if self.source == "sample":
             return self.requested_vocab_size or DEFAULT_VOCAB_SIZE
         size = int(self._manifest()["vocab_size"]) if self.source == "tokens" else self.tokenizer.vocab_size
@@ -155,6 +161,11 @@ class C4DataModule(PackedDataModule):
 
     @property
     def validation_names(self) -> list[str]:
+        """Names of the validation sources: of prepared tokens those of their splits, of a mapping its keys, else `["val"]`.
+
+        Raises:
+            ValueError, FileNotFoundError: prepared tokens cannot be read.
+        """
         if self.source == "tokens":
             splits = [split for split in self._manifest()["splits"] if split != "train"]
             return [split.removeprefix("validation-") if split != "validation" else _ONLY for split in splits]
@@ -164,7 +175,12 @@ class C4DataModule(PackedDataModule):
 
     @property
     def tokenizer_path(self) -> str:
-        """The file of the tokenizer in use; with the sample it is there after `prepare_data`."""
+        """The file of the tokenizer in use; with the sample it is there after `prepare_data`.
+
+        Raises:
+            ValueError: the source needs a tokenizer or prepared tokens, and none are given.
+            FileNotFoundError: there are no prepared tokens in the folder given.
+        """
         if self.source == "sample":
             return str(sample_folder(self._cache, self.vocab_size) / "tokens" / "tokenizer.json")
         if self.source == "tokens":
@@ -173,6 +189,12 @@ class C4DataModule(PackedDataModule):
 
     @property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer in use, read once; with the sample it can be had after `prepare_data`.
+
+        Raises:
+            ValueError: none is given though the source needs one, or the file holds none with `<|endoftext|>`.
+            FileNotFoundError: no such file.
+        """
         if self._tokenizer is None or self._tokenizer.path != self.tokenizer_path:
             self._tokenizer = load_tokenizer(self.tokenizer_path)
         return self._tokenizer

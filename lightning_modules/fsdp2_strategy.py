@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.optim import Optimizer
 
+from lightning_modules.checks import check_batch_form
 from lightning_modules.sharded_states import load_optimizer_state, load_weights, whole_optimizer_state, whole_weights
 from lightning_modules.sharding import average_gradients, check_shardable, is_sharded, shard_network, wide_parameters
 from lightning_modules.strategies import check_communication
@@ -65,8 +66,13 @@ class FSDP2Strategy(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, module: Any) -> None:
-        """Shard `module.network`, once; called by the module's `configure_model`."""
+        """Shard `module.network`, unless another Trainer has; called by the module's `configure_model`.
+
+        Raises:
+            ValueError: for a hyperparameter of the module that cannot be meant with shards.
+        """
         if is_sharded(module.network):
+            self._whole = wide_parameters(module.network)
             return
         check_shardable(module.hparams)
         network = self.precision_plugin.convert_module(module.network)  # before: a shard's dtype is settled with it
@@ -74,7 +80,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         shard_network(network, self.device_mesh["data_parallel"], _DTYPES[self.gradients])
 
     def setup(self, trainer: Any) -> None:
-        """As Lightning's; what is whole begins as rank 0 has it, as under DDP."""
+        """As Lightning's; what is whole begins as rank 0 has it, as under DDP.
+
+        Evaluation is without inference mode: what it gathers has no version, which shards need, nor may a later backward save it.
+        """
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            loop.inference_mode = False
         super().setup(trainer)
         for parameter in self._whole:
             torch.distributed.broadcast(parameter.detach(), 0)
@@ -107,18 +118,46 @@ class FSDP2Strategy(ModelParallelStrategy):
         """As in validation."""
         return self._resharded(super().test_step(*args, **kwargs))
 
-    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in validation."""
-        return self._resharded(super().predict_step(*args, **kwargs))
+    def predict_step(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in validation. The module's own is a forward a row, each a gather of all ranks', whose rows need not be equally many.
+
+        A rank with fewer rows than another, or with no batch left, takes part with its last row and drops what comes of it.
+
+        Raises:
+            ValueError: for a batch without integer `input_ids` and `labels` of one shape (B, T).
+        """
+        check_batch_form(batch)
+        predict, rows = super().predict_step, len(batch["labels"])
+
+        def fill_up(number: int) -> None:
+            if number > 0:
+                predict({name: value[[-1] * number] for name, value in batch.items()}, *args, **kwargs)
+
+        most = self._largest(rows)
+        output = predict(batch, *args, **kwargs)
+        fill_up(most - rows)
+        self._network.reshard()  # not before: the ranks that fill nothing up have what lies around the blocks gathered until here
+        if self._module.trainer.predict_loop.batch_progress.is_last_batch:  # of this rank
+            while (most := self._largest(0)) > 0:
+                self._resharded(fill_up(most))
+        return output
+
+    def _largest(self, number: int) -> int:
+        """The largest of the ranks' numbers; a collective."""
+        return int(self.reduce(torch.tensor(number, device=self.root_device), reduce_op="max"))
 
     def _resharded(self, output: Any) -> Any:
         self._network.reshard()
         return output
 
     @property
-    def _network(self) -> Any:
+    def _module(self) -> Any:
         assert self.lightning_module is not None
-        return self.lightning_module.network
+        return self.lightning_module
+
+    @property
+    def _network(self) -> Any:
+        return self._module.network
 
     # ---- checkpoints
 
@@ -134,8 +173,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole weights on rank 0; a collective."""
-        assert self.lightning_module is not None
-        return whole_weights(self.lightning_module)
+        return whole_weights(self._module)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Whole states on rank 0; a collective."""
@@ -148,8 +186,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Each rank its rows; the module has compared names and shapes in `on_load_checkpoint`."""
-        assert self.lightning_module is not None
-        load_weights(self.lightning_module, checkpoint["state_dict"])
+        load_weights(self._module, checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Each rank its rows."""

@@ -10,6 +10,8 @@ import torch
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from ranks import run_ranks, train_in_processes, train_on_ranks
+from stub_run import StubData, make_module, make_trainer
+from torch.distributed.tensor import DTensor
 
 from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from mmrec.commandline.command_export import run as export
@@ -118,6 +120,25 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_on_both(tmp_path: Path
         assert any(not torch.equal(after[name], found["after"][3][name]) for name in after)
 
 
+def fit_twice(folder: Path) -> None:
+    """On each rank: a module that one Trainer has trained is trained by another; what lies whole, to a file."""
+    module = make_module(**MODEL)
+    for _ in range(2):
+        strategy = FSDP2Strategy()
+        trainer = make_trainer(folder, devices=2, strategy=strategy, logger=False, precision="bf16-true", max_steps=2, limit_val_batches=0)
+        trainer.fit(module, datamodule=StubData())
+        whole = {name: weight for name, weight in module.named_parameters() if not isinstance(weight, DTensor)}
+        assert all(ours is weight for ours, weight in zip(strategy._whole, whole.values(), strict=True))
+    torch.save(whole, folder / f"{trainer.global_rank}.pt")
+
+
+def test_a_second_trainer_averages_what_lies_whole(tmp_path: Path) -> None:
+    assert run_ranks(fit_twice, 2, tmp_path) == [0, 0]
+    one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert len(one) > 0
+    assert all(torch.equal(other[name], value) for name, value in one.items())
+
+
 # ---- checkpoints
 
 
@@ -223,7 +244,7 @@ def test_the_same_over_nccl(precision: str, optimizer: str, tmp_path: Path) -> N
         return train_in_processes({**given, "accelerator": "gpu"}, gpus, CUDA_VISIBLE_DEVICES=seen)[0]["losses"]
 
     limit = 1e-5 if precision == "32-true" else 1e-2
-    one, two = train("one", 1), train("two", 2)
+    one, two = train("one", 1), train("two", 2, limit_val_batches=2)
     assert two == pytest.approx(one, rel=limit)
     (third,) = (tmp_path / "two" / "checkpoints").glob("step=000003-*.ckpt")
     assert train("resumed", 2, resume=third) == pytest.approx(two[3:], rel=limit)
