@@ -14,12 +14,14 @@ from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.same_checkpoint import SameCheckpoint
 from callbacks.skipped_steps import SkippedSteps
 from callbacks.step_latency import StepLatency
+from callbacks.tensorboard_logger import FaultTolerantTensorBoardLogger
 from callbacks.training_progress_bar import TrainingProgressBar
 
 __all__ = [
     "AtomicCheckpointIO",
     "AuxiliaryLossCurves",
     "BackgroundCheckpointIO",
+    "FaultTolerantTensorBoardLogger",
     "GPUMemoryProfile",
     "LossSpikes",
     "Preemption",

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from callbacks.atomic_checkpoint_io import AtomicCheckpointIO
 from callbacks.host_copy import HostCopy
+from callbacks.telling import tell
 
 
 class BackgroundCheckpointIO(AtomicCheckpointIO):
@@ -77,7 +78,7 @@ class BackgroundCheckpointIO(AtomicCheckpointIO):
         except OSError as error:
             if not another:
                 raise
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            tell(f"error: {error}")
         finally:
             if self._thread is not None:
                 self._thread.shutdown()

@@ -31,6 +31,9 @@ class LossSpikes(LateSteps):
         Args:
             window: steps that the mean and the standard deviation are of.
             sigmas: standard deviations above the mean at which a spike begins.
+
+        Raises:
+            ValueError: `window` is below 20 steps, or `sigmas` is no finite number above 0.
         """
         if window < LEAST:
             raise ValueError(f"loss_spikes.window is {window}; give at least {LEAST} steps")

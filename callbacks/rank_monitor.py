@@ -1,5 +1,6 @@
 """RankMonitor: a thread of every rank that knows when another one has died, failed or hangs, and ends this one then."""
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -75,9 +76,11 @@ class RankMonitor:
     def fail(self, message: str) -> None:
         """This rank is about to end with an error: say so on its standard error before any other does, and tell the others."""
         self._failed = True
-        write_error(f"rank {self._rank} failed: {message}")
-        self._propose(Verdict(self._rank, f"failed: {message}", False))
-        self.linger()
+        try:
+            write_error(f"rank {self._rank} failed: {message}")
+        finally:  # whatever comes in between: the others wait in a collective
+            self._propose(Verdict(self._rank, f"failed: {message}", False))
+            self.linger()
 
     def wait_for_others(self) -> None:
         """Give another rank's death the time to show: the thread then ends this process, and this does not return."""
@@ -105,8 +108,7 @@ class RankMonitor:
         except RuntimeError as error:  # torch's DistStoreError and DistNetworkError among them
             if self._rank == 0 or self._stopping.wait(self.interval):
                 return None  # all end, and the store with them
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            return Verdict(0, f"has ended: its store cannot be reached ({reason})", False)
+            return Verdict(0, f"has ended: its store cannot be reached ({_first_line(error)})", False)
         return self._verdict()
 
     def _look_for_hanging(self) -> None:
@@ -127,7 +129,7 @@ class RankMonitor:
         try:
             self._store.compare_set(_VERDICT, "", json.dumps(verdict))  # of several the first stays
         except RuntimeError as error:
-            write_error(f"rank {self._rank}: the others could not be told ({str(error).splitlines()[0]})")
+            write_error(f"rank {self._rank}: the others could not be told ({_first_line(error)})")
 
     def _verdict(self) -> Verdict | None:
         try:
@@ -136,26 +138,39 @@ class RankMonitor:
             return None  # the next beat says that the store is gone
 
     def _follow(self, verdict: Verdict) -> None:
-        if self._failed:  # its main thread is on its way out, with a traceback and its own exit code
-            self._stopping.wait(self.dead_after)
-        elif not self._stopping.wait(min(1.0, self.interval)):  # its own error comes first
-            lines = [f"rank {self._rank} ends, since rank {verdict.rank} {verdict.text}"]
-            if verdict.stacks:
-                lines += [f"stacks of rank {self._rank}:", stacks()]
-            write_error("\n".join(lines))
-            self.linger()
-        if not self._stopping.is_set():
-            self._leave(EXIT_CODE)
+        try:
+            if self._failed:  # its main thread is on its way out, with a traceback and its own exit code
+                self._stopping.wait(self.dead_after)
+            elif not self._stopping.wait(min(1.0, self.interval)):  # its own error comes first
+                lines = [f"rank {self._rank} ends, since rank {verdict.rank} {verdict.text}"]
+                if verdict.stacks:
+                    lines += [f"stacks of rank {self._rank}:", stacks()]
+                write_error("\n".join(lines))
+                self.linger()
+        finally:  # a rank that only failed to speak would stay in its collective
+            if not self._stopping.is_set():
+                self._leave(EXIT_CODE)
 
 
 def stacks() -> str:
-    """Where every thread of this process is."""
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode(errors="replace")
+    """Where every thread of this process is; where there is no room for a temporary file, a line that says so."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read().decode(errors="replace")
+    except OSError as error:
+        return f"not to be had without a temporary file ({error})"
 
 
 def write_error(text: str) -> None:
-    """Write to the standard error in one piece, so that ranks which share it do not mix their lines."""
-    os.write(2, f"{text}\n".encode())
+    """Write to the standard error in one piece, so that ranks which share it do not mix their lines.
+
+    Where that cannot be written (a file on a full disk, a pipe whose reader has gone) the text is lost: ending comes first.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode(errors="backslashreplace"))  # names of files may hold what is no UTF-8
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

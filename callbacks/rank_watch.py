@@ -40,6 +40,10 @@ class RankWatch(Callback):
             interval_seconds: between two signs of life.
             dead_after_seconds: without a sign of life after which a rank counts as dead.
             hang_after_seconds: without progress after which a rank counts as hanging; 0: never.
+
+        Raises:
+            ValueError: one of the three is negative, zero where it must not be, or not finite, or `dead_after_seconds` is less than three
+                intervals.
         """
         if not 0 < interval_seconds < math.inf:
             raise ValueError(f"rank_watch.interval_seconds is {interval_seconds}; give a number above 0")
@@ -83,22 +87,27 @@ class RankWatch(Callback):
             self._monitor.progress(what)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A sign of progress, as those below."""
+        """A sign of progress: setting up is over."""
         self._progress("the start of training")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """A sign of progress: the data have come."""
         self._progress(f"the start of a batch of step {trainer.global_step}")
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """A sign of progress: the gradients are there, in DDP those of all ranks."""
         self._progress(f"the gradients of step {trainer.global_step}")
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """A sign of progress: the batch is done."""
         self._progress(f"the end of a batch before step {trainer.global_step}")
 
     def on_validation_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """A sign of progress within a validation."""
         self._progress(f"a validation batch at step {trainer.global_step}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A sign of progress: the state has been gathered, and the writing begins."""
         self._progress(f"the making of the checkpoint of step {trainer.global_step}")
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -126,10 +135,12 @@ class RankWatch(Callback):
 
 def _leave(trainer: Trainer, code: int) -> None:
     """End the process, after the checkpoint that a thread may be writing."""
-    io = trainer.strategy.checkpoint_io
-    if isinstance(io, BackgroundCheckpointIO):
-        io.linger(_WRITE_SECONDS)
-    os._exit(code)
+    try:
+        io = trainer.strategy.checkpoint_io
+        if isinstance(io, BackgroundCheckpointIO):
+            io.linger(_WRITE_SECONDS)
+    finally:
+        os._exit(code)
 
 
 def _is_of_peers(exception: BaseException) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from callbacks.shards import largest
+from callbacks.telling import tell
 from mmrec.checkpoint_files import BEST, DAMAGED_SUFFIX, LAST, best_copies, best_name, copies, copy_name
 from mmrec.files import link_or_copy, remove_leftovers, require_writable
 
@@ -158,7 +158,7 @@ class RunCheckpoint(ModelCheckpoint):
             # Under its own name only: `last.ckpt` is what a run goes on from, and this may be within a step, where RankChange refuses to.
             self._write(trainer, partial(trainer.save_checkpoint, str(named), self.save_weights_only), follow)
         elif trainer.is_global_zero and (failure := self._follow(trainer, follow)):
-            _warn(failure)
+            tell(f"warning: {failure}")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the last step's checkpoint, and wait until it is there."""
@@ -276,7 +276,7 @@ class RunCheckpoint(ModelCheckpoint):
             raise OSError(f"{failures[-1]}. What was written before is whole: go on from it with --ckpt_path last")
         if trainer.is_global_zero:
             for failure in failures:
-                _warn(f"{failure}. Training goes on ({count} of at most {FAILURES_IN_A_ROW} failures in a row)")
+                tell(f"warning: {failure}. Training goes on ({count} of at most {FAILURES_IN_A_ROW} failures in a row)")
         return last_failed
 
     def _mean_loss(self, trainer: Trainer, pl_module: Any) -> float:
@@ -309,10 +309,6 @@ def _settle_best(folder: Path) -> float:
     for other in found[1:]:
         other.path.unlink(missing_ok=True)
     return found[0].val_loss
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _link(source: Path, target: Path) -> None:

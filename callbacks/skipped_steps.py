@@ -26,6 +26,9 @@ class SkippedSteps(LateSteps):
         Args:
             max_in_row: skipped steps one after the other that end the run. Ten: bad records come one by one or, sorted, in a few batches;
                 a network that is broken skips all. A run loses seconds to minutes until then, and no weight has changed.
+
+        Raises:
+            ValueError: `max_in_row` is below 1.
         """
         if max_in_row < 1:
             raise ValueError(f"skipped_steps.max_in_row is {max_in_row}; give at least 1 step")

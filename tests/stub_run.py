@@ -20,10 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from callbacks import AtomicCheckpointIO, BackgroundCheckpointIO, RandomStates, RankChange, RunCheckpoint
+from callbacks import (
+    AtomicCheckpointIO,
+    BackgroundCheckpointIO,
+    FaultTolerantTensorBoardLogger,
+    RandomStates,
+    RankChange,
+    RunCheckpoint,
+)
 from lightning_modules import BaselineLightningModule, MMRecLightningModule
 from mmrec.baselines import BaselineConfig
 from mmrec.config import MMRecConfig
@@ -140,7 +146,7 @@ def make_trainer(folder: Path | str, callbacks: list[Callback] | None = None, **
         "accelerator": "cpu",
         "devices": 1,
         "max_steps": 6,
-        "logger": TensorBoardLogger(folder, name="tb", version="", default_hp_metric=False),
+        "logger": FaultTolerantTensorBoardLogger(folder, name="tb", version="", default_hp_metric=False),
         "plugins": [AtomicCheckpointIO()],
         "gradient_clip_val": 1.0,
         "num_sanity_val_steps": -1,

@@ -20,6 +20,7 @@ from callbacks import (
     AtomicCheckpointIO,
     AuxiliaryLossCurves,
     BackgroundCheckpointIO,
+    FaultTolerantTensorBoardLogger,
     GPUMemoryProfile,
     LossSpikes,
     Preemption,
@@ -284,7 +285,9 @@ class RunCLI(LightningCLI):
             # A killed run has logged steps behind its last checkpoint; they are taken again, and TensorBoard is to forget the first time.
             # Not the checkpoint's own step: it may hold the validation that no resumed run repeats.
             purge_step = read_run_checkpoint(self._checkpoint)["global_step"] + 1
-        return TensorBoardLogger(folder.root, name=folder.tensorboard.name, version="", default_hp_metric=False, purge_step=purge_step)
+        return FaultTolerantTensorBoardLogger(
+            folder.root, name=folder.tensorboard.name, version="", default_hp_metric=False, purge_step=purge_step
+        )
 
     def _our_callbacks(self, config: Mapping[str, Any]) -> list[Callback]:
         run = self.config_init[self.subcommand]

@@ -1,6 +1,10 @@
 """The verdict on a rank that died, hangs or failed reaches every other; beats and time are made by hand, only one thread runs for real."""
 
+import contextlib
+import os
+import tempfile
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,7 +30,7 @@ class Clock:
 class Broken:
     """A store whose server is gone."""
 
-    def add(self, key: str, value: int) -> int:
+    def add(self, *_: Any) -> int:
         raise dist.DistNetworkError("Connection reset by peer")
 
     check = compare_set = get = add
@@ -134,6 +138,108 @@ def test_a_thread_that_is_stopped_leaves_no_more(left: list[int]) -> None:
         monitor.stop()
         assert not monitor._thread.is_alive()
     assert left == []
+
+
+@contextlib.contextmanager
+def deaf(kind: str) -> Iterator[None]:
+    """A standard error that takes nothing: a file on a full disk, or the pipe of a `tee` that has ended."""
+    if kind == "full disk":
+        taken = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, taken = os.pipe()
+        os.close(reader)
+    kept = os.dup(2)
+    os.dup2(taken, 2)
+    try:
+        with pytest.raises(OSError, match=r"No space left|Broken pipe"):
+            os.write(2, b"anything")
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(taken)
+
+
+KINDS = ["full disk", "reader gone"]
+
+
+def followed(monitor: RankMonitor) -> None:
+    """Let the thread run to its end, of itself or by an exception."""
+    monitor.start()
+    monitor._thread.join(60)
+    assert not monitor._thread.is_alive()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("with_stacks", [False, True])
+def test_the_thread_leaves_though_it_cannot_say_why(kind: str, with_stacks: bool, left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore(), world_size=2)
+    ranks[0]._propose(Verdict(0, "hangs: nothing new", with_stacks))
+    with deaf(kind):
+        followed(ranks[1])
+    assert left == [1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_is_told_to_the_others_where_it_cannot_be_written(kind: str, clock: Clock, left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore())
+    with deaf(kind):
+        ranks[1].fail("ValueError: no more tea")
+    assert beat(ranks) == [Verdict(1, "failed: ValueError: no more tea", False)] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_failure_that_can_be_told_to_nobody_is_no_other_error(kind: str, clock: Clock, left: list[int]) -> None:
+    with deaf(kind):
+        monitors(left, Broken())[1].fail("ValueError: no more tea")
+
+
+def test_a_failure_is_told_to_the_others_whatever_comes_in_between(clock: Clock, left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(text: str) -> None:
+        raise KeyboardInterrupt
+
+    ranks = monitors(left, dist.HashStore())
+    monkeypatch.setattr(rank_monitor, "write_error", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        ranks[0].fail("ValueError: no more tea")
+    assert beat(ranks) == [Verdict(0, "failed: ValueError: no more tea", False)] * 3
+    assert clock.now > 100  # rank 0 has lingered
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_the_thread_leaves_whatever_it_says_raises(left: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(text: str) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(rank_monitor, "write_error", broken)
+    ranks = monitors(left, dist.HashStore(), world_size=2)
+    ranks[0]._propose(Verdict(0, "failed: ValueError: no more tea", False))
+    followed(ranks[1])
+    assert left == [1]
+
+
+def test_a_store_that_fails_without_a_word_is_named(clock: Clock, left: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    class Silent(Broken):
+        def compare_set(self, *_: Any) -> None:
+            raise dist.DistNetworkError
+
+    monitors(left, Silent())[1].fail("ValueError: no more tea")
+    assert capfd.readouterr().err.splitlines()[1] == "rank 1: the others could not be told (DistNetworkError)"
+
+
+def test_a_name_that_is_no_utf_8_is_told(clock: Clock, left: list[int], capfd: pytest.CaptureFixture[str]) -> None:
+    ranks = monitors(left, dist.HashStore())
+    ranks[1].fail("OSError: no \udcff.txt")  # as os.fsdecode gives it
+    assert capfd.readouterr().err == "rank 1 failed: OSError: no \\udcff.txt\n"
+    assert beat(ranks) == [Verdict(1, "failed: OSError: no \udcff.txt", False)] * 3
+
+
+def test_without_room_for_a_temporary_file_there_are_no_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    assert stacks() == "not to be had without a temporary file ([Errno 28] No space left on device)"
 
 
 def test_stacks_hold_every_thread() -> None:
