@@ -80,7 +80,7 @@ def test_a_requeued_job_ends_as_an_uninterrupted_one(slurm: LocalSlurm, config: 
     assert printed.count("stopped by SIGUSR1 at step 1") == printed.count("stopped by SIGTERM at step 3") == 1
     assert printed.count("resumed from step ") == 2
     assert not (folder / "earlier").exists()
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("step=")) == ["last.ckpt"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith(("step=", "best"))) == ["last.ckpt"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["num_nodes"] == 2
     assert len(list((folder / "tb").glob("events.*"))) == 3  # one a start: rank 0 alone writes
     assert same_tensors(weights(folder), weights(uninterrupted))
