@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mmrec.files import read_checkpoint, replacing
 
@@ -28,7 +29,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         if storage_options is not None:
             raise TypeError("AtomicCheckpointIO takes no storage_options")
         target = Path(path)
-        needed = sum(_tensor_bytes(checkpoint))
+        needed = _bytes_to_write(checkpoint)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             if needed > shutil.disk_usage(target.parent).free:
@@ -60,15 +61,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(path, mmap=True, map_location=map_location)
 
 
-def _tensor_bytes(value: Any) -> Iterator[int]:
+def _bytes_to_write(checkpoint: Any) -> int:
+    """Bytes of the tensors in the file: `torch.save` writes the whole storage of each, and once however many tensors share it."""
+    storages = (tensor.untyped_storage() for tensor in _tensors(checkpoint))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """All with a storage of their own; of a tensor made of others, such as torchao's of 8 bits, those."""
     if isinstance(value, torch.Tensor):
-        yield value.numel() * value.element_size()
+        if is_traceable_wrapper_subclass(value):
+            for name in value.__tensor_flatten__()[0]:
+                yield from _tensors(getattr(value, name))
+        elif value.layout is torch.strided and not value.is_meta:
+            yield value
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensor_bytes(item)
+            yield from _tensors(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensor_bytes(item)
+            yield from _tensors(item)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

@@ -8,6 +8,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from mmrec.ranks import gathered
+
 KEY = "random_states"
 
 
@@ -58,22 +60,18 @@ class RandomStates(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Gather every rank's states; all ranks take part."""
         own = self._before_validation if self._before_validation is not None else collect_random_states()
-        gathered: list[Any] = [own]
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, own)
-        checkpoint[KEY] = gathered
+        checkpoint[KEY] = gathered(own)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep this rank's states until training starts."""
         if trainer.state.fn != "fit":
             return
-        gathered = checkpoint.get(KEY)
-        if gathered is None or len(gathered) != trainer.world_size:
-            found = "none" if gathered is None else f"those of {len(gathered)} processes"
+        states = checkpoint.get(KEY)
+        if states is None or len(states) != trainer.world_size:
+            found = "none" if states is None else f"those of {len(states)} processes"
             rank_zero_warn(f"the checkpoint holds {found} of the random states needed for {trainer.world_size}; they start anew")
             return
-        self._to_restore = gathered[trainer.global_rank]
+        self._to_restore = states[trainer.global_rank]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Restore, after the loaders were set up (that draws numbers) and before the first batch."""

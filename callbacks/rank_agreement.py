@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import distributed as dist
+
+from mmrec.ranks import gathered
 
 
 class RankAgreement(Callback):
@@ -26,18 +26,12 @@ class RankAgreement(Callback):
         Raises:
             ValueError: on every rank, in one line that names what differs first, and which ranks have which.
         """
-        if trainer.world_size == 1 or not dist.is_initialized():
+        if trainer.world_size == 1:
             return
         order = getattr(getattr(trainer, "datamodule", None), "data_order", {})
         facts = self.facts | {f"data.{name}": repr(value) for name, value in order.items()}
-        if len(set(_gathered(hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()))) > 1:
-            raise ValueError(disagreement(_gathered(facts)))
-
-
-def _gathered(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+        if len(set(gathered(hashlib.sha256(repr(sorted(facts.items())).encode()).hexdigest()))) > 1:
+            raise ValueError(disagreement(gathered(facts)))
 
 
 def disagreement(facts: Sequence[Mapping[str, str]]) -> str:

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from mmrec.files import read_checkpoint
+from mmrec.ranks import gathered
 
 
 class SameCheckpoint(Callback):
@@ -31,8 +31,7 @@ class SameCheckpoint(Callback):
         """
         if trainer.world_size == 1:
             return
-        found: list[str] = [""] * trainer.world_size
-        dist.all_gather_object(found, _described(self.path))
+        found = gathered(_described(self.path))
         other = next((rank for rank, description in enumerate(found) if description != found[0]), None)
         if other is not None:
             raise ValueError(

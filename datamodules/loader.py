@@ -15,12 +15,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.utils.data import IterableDataset
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from datamodules.windows import Batch
 from datamodules.workers import end_with_run, worker_context
+from mmrec.ranks import gathered
 
 # Runs are measured in steps (`trainer.max_steps`); one Lightning epoch is as good as endless unless `trainer.limit_train_batches` cuts it.
 ENDLESS = 10**12
@@ -82,11 +82,7 @@ class ResumableDataLoader(StatefulDataLoader[Batch]):
     def state_dict(self) -> dict[str, Any]:
         """The positions of all ranks; with `torch.distributed` up a collective call, the same on every rank."""
         own = self.next_iter_state if self._live is None and self.next_iter_state is not None else super().state_dict()
-        ranks: list[Any] = [own]
-        if self._world_size > 1:
-            ranks = [None] * self._world_size
-            dist.all_gather_object(ranks, own)
-        state = {"format": _FORMAT, "world_size": self._world_size, "identity": dict(self._identity), "ranks": ranks}
+        state = {"format": _FORMAT, "world_size": self._world_size, "identity": dict(self._identity), "ranks": gathered(own)}
         return state | ({"start": self.dataset.start} if hasattr(self.dataset, "start") else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from callbacks.shards import local_part
+from mmrec.ranks import gathered
 
 
 def whole_weights(module: nn.Module) -> dict[str, Tensor]:
@@ -25,7 +26,7 @@ def whole_weights(module: nn.Module) -> dict[str, Tensor]:
     for name, value in module.state_dict().items():
         key = id(parameters.get(name, value))  # weights that are shared stay so
         if key not in known:
-            known[key] = gathered(value)
+            known[key] = unsharded(value)
         found[name] = known[key]
     return found if dist.get_rank() == 0 else {}
 
@@ -36,16 +37,15 @@ def whole_optimizer_state(optimizer: Optimizer) -> dict[str, Any]:
     Moments are of 8 bits where they are so on all ranks: by the size of its shard torchao may have left one's as they were.
     """
     state = optimizer.state_dict()
-    kinds: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(kinds, {(index, name) for index, own in state["state"].items() for name, x in own.items() if is_8_bit(x)})
-    common = set.intersection(*kinds)
+    in_8_bit = {(index, name) for index, own in state["state"].items() for name, value in own.items() if is_8_bit(value)}
+    common = set.intersection(*gathered(in_8_bit))
     whole = {
-        index: {name: gathered(value, (index, name) in common) for name, value in own.items()} for index, own in state["state"].items()
+        index: {name: unsharded(value, (index, name) in common) for name, value in own.items()} for index, own in state["state"].items()
     }
     return {**state, "state": whole if dist.get_rank() == 0 else {}}
 
 
-def gathered(value: Any, in_8_bit: bool = False) -> Any:
+def unsharded(value: Any, in_8_bit: bool = False) -> Any:
     """A tensor of shards as a whole one on the CPU of rank 0, None on the others; anything else as it is."""
     if not isinstance(value, DTensor):
         return value

@@ -5,13 +5,13 @@ import socket
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import DDPStrategy
 
 from mmrec.commandline.errors import BadInputError
+from mmrec.ranks import gathered
 
 PATIENCE = timedelta(minutes=5)  # for a process that does not come; the first on a cold file system imports for minutes
 GPU_BYTES, CPU_BYTES = 256 * 2**20, 8 * 2**20
@@ -91,9 +91,7 @@ def measure(fabric: Fabric) -> list[RankReport]:
     seconds = (time.perf_counter() - began) / REPEATS
     bandwidth = 2 * (world - 1) / world * total.numel() * total.element_size() / seconds / 1e9
     device = torch.cuda.get_device_name(fabric.device) if on_gpu else "CPU"
-    own_report = RankReport(fabric.global_rank, socket.gethostname(), device, wrong, bandwidth)
-    reports: list[Any] = [None] * world
-    torch.distributed.all_gather_object(reports, own_report)
+    reports = gathered(RankReport(fabric.global_rank, socket.gethostname(), device, wrong, bandwidth))
     torch.distributed.destroy_process_group()
     return reports
 

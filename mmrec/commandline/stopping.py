@@ -64,13 +64,13 @@ def _wait_for_children(trainer: Trainer) -> None:
 def _requeue(job: str) -> int:
     """The exit code."""
     try:
-        state = requeue(job)
+        answer = requeue(job)
     except RequeueError as error:
         remedy = "submit it again, or give --preemption.requeue false where it is no batch job"
         print(f"error: Slurm did not put job {job} back into its queue: {error}; {remedy}", file=sys.stderr, flush=True)
         return NOT_REQUEUED
-    if state is not None:
-        print(f"job {job} is {state}: not put back into Slurm's queue", flush=True)
+    if answer.state is not None:
+        print(f"job {answer.job} is {answer.state}: not put back into Slurm's queue", flush=True)
         return STOPPED
-    print(f"job {job} is back in Slurm's queue", flush=True)
+    print(f"job {answer.job} is back in Slurm's queue", flush=True)
     return 0

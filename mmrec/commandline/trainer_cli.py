@@ -9,9 +9,9 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 from jsonargparse.typing import NonNegativeInt, PositiveInt
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -39,19 +39,20 @@ from lightning_modules import MMRecLightningModule
 from mmrec.checkpoint_files import BEST, Choice, best_copies
 from mmrec.commandline.arguments import expand_configs
 from mmrec.commandline.checkpoints import read_run_checkpoint
-from mmrec.commandline.class_paths import restrict_class_paths, subclass_names
+from mmrec.commandline.class_paths import restrict_class_paths
 from mmrec.commandline.commands import OUR_COMMANDS, TRAINER_COMMANDS
 from mmrec.commandline.configs import shipped_configs
 from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.parse_errors import one_line
-from mmrec.commandline.parser import PROGRAM, OneLineErrors
+from mmrec.commandline.parser import PROGRAM
 from mmrec.commandline.preflight import check_before_building, require_groups, require_values, validation_remark, watch_remark
+from mmrec.commandline.run_config import RunParser, SaveRunConfig
 from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.commandline.stopping import leave_if_stopped, leave_signals_to_children
 from mmrec.commandline.trainer_checks import with_options
-from mmrec.files import replacing, write_atomically
+from mmrec.files import write_atomically
 
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
 CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
@@ -86,39 +87,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 
 # Some of Lightning's arguments default to members of a string enumeration (Timer's `interval`), which YAML cannot write by itself.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_str(str(member.value)))
-
-
-class RunParser(OneLineErrors, LightningArgumentParser):
-    """Lightning's parser with errors of one line."""
-
-    def known_classes(self) -> dict[str, list[str]]:
-        """Data modules, callbacks and loggers that have been imported."""
-        bases = {"data": LightningDataModule, "trainer.callbacks": Callback, "trainer.logger": Logger}
-        return {key: subclass_names(base) for key, base in bases.items()}
-
-
-class SaveRunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder, over the one of an earlier start, or after moving an earlier run aside.
-
-    Attributes:
-        earlier_files: what an earlier run left that is not gone on with.
-    """
-
-    earlier_files: Sequence[Path] = ()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Nothing yet: what the data, the module or the checkpoint refuse must leave no file behind, and move none."""
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Move and write, once everything is set up and the checkpoint's weights are loaded; on rank 0."""
-        if not trainer.is_global_zero:
-            return
-        folder = RunFolder(Path(trainer.default_root_dir))
-        if self.earlier_files:
-            aside = folder.set_aside(self.earlier_files)
-            say(f"moved the earlier run under {folder.root} to {aside} (--ckpt_path last would have gone on with it)")
-        with replacing(folder.config) as temporary:
-            self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True, multifile=False)
 
 
 class RunCLI(LightningCLI):

@@ -4,8 +4,10 @@ import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,6 +58,37 @@ def test_a_checkpoint_larger_than_the_disk_is_not_begun(io: AtomicCheckpointIO, 
     with pytest.raises(OSError, match=r"no space left on the disk; it needs about 4\.0 MiB and 1\.0 MiB are free"):
         io.save_checkpoint({"nested": [{"weights": torch.zeros(2**20)}]}, tmp_path / "a.ckpt")
     assert list(tmp_path.iterdir()) == []
+
+
+def tied() -> Any:
+    head = torch.nn.Linear(256, 1024, bias=False)
+    return {"state_dict": {"embedding.weight": head.weight.detach(), "head.weight": head.weight.detach()}, "callbacks": [head.weight]}
+
+
+def views() -> Any:
+    whole = torch.zeros(2**18)
+    return {"row": whole[:10], "rows": (whole.view(512, 512)[::2], torch.zeros(1, dtype=torch.int8).expand(2**20))}
+
+
+def in_8_bit() -> Any:
+    torchao = pytest.importorskip("torchao.optim.subclass_8bit")
+    return {"moment": torchao.OptimState8bit.zeros((1024, 256)), "step": torch.tensor(1.0), "empty": torch.zeros(0)}
+
+
+@pytest.mark.parametrize("state", [tied, views, in_8_bit])
+def test_the_room_it_asks_for_is_that_of_the_file(
+    state: Callable[[], Any], io: AtomicCheckpointIO, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that are shared are written once, and of a view all that it is a view of."""
+    checkpoint = state()
+    torch.save(checkpoint, tmp_path / "plain")
+    size = (tmp_path / "plain").stat().st_size
+    for free, fits in ((size, True), (size - 8192, False)):  # names and the archive's own take a few kB
+        usage = type("Usage", (), {"free": free})
+        monkeypatch.setattr("callbacks.atomic_checkpoint_io.shutil.disk_usage", lambda path, usage=usage: usage)
+        with nullcontext() if fits else pytest.raises(OSError, match="no space left on the disk"):
+            io.save_checkpoint(checkpoint, tmp_path / f"{fits}.ckpt")
+        assert (tmp_path / f"{fits}.ckpt").exists() == fits
 
 
 def test_a_folder_that_cannot_be_made(io: AtomicCheckpointIO, tmp_path: Path) -> None:

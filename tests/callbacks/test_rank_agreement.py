@@ -47,7 +47,7 @@ def test_the_order_of_the_data_is_compared(monkeypatch: pytest.MonkeyPatch) -> N
         sent.append(value)
         return [value, "another" if isinstance(value, str) else {**value, "data.seed": "5"}]
 
-    monkeypatch.setattr("callbacks.rank_agreement._gathered", gathered)
+    monkeypatch.setattr("callbacks.rank_agreement.gathered", gathered)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     data = RecallDataModule(num_pairs=2, vocab_size=16, seq_len=8, seed=3)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)

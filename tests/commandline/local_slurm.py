@@ -118,8 +118,16 @@ class LocalSlurm:
 
     def state(self, job: str) -> str:
         """A job's, as `RUNNING`."""
+        return self._field(job, "JobState")
+
+    def number(self, task: str) -> str:
+        """The job's number that a task of an array has, once it has begun."""
+        self.wait_for(task, "RUNNING")
+        return self._field(task, "JobId")
+
+    def _field(self, job: str, name: str) -> str:
         fields = self.call("scontrol", "show", "job", job).split()
-        return next(field for field in fields if field.startswith("JobState=")).partition("=")[2]
+        return next(field for field in fields if field.startswith(f"{name}=")).partition("=")[2]
 
     def wait_for(self, job: str, *states: str, seconds: float = 180) -> str:
         """Its state, once it is one of these."""

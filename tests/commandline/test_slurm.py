@@ -13,19 +13,30 @@ from callbacks import Preemption
 from mmrec.commandline.slurm import RequeueError, requeue, slurm_job
 from mmrec.commandline.stopping import leave_if_stopped
 
+TELL_JOBS = """
+while read -r number array index state; do
+  case "${!#}" in *%A*) echo $number $array $index $state;; *) echo $state;; esac  # the last argument: a format
+done""".strip()
+# Three tasks of an array: the one that has not begun, or began last, has the array's number as its own, by which all are listed.
+ARRAY = "9 7 1 PENDING\n7 7 2 RUNNING\n8 7 0 RUNNING"
+
 
 @pytest.fixture
 def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """`slurm(state, refuses)` puts `squeue` and `scontrol` on the path; what `scontrol` was called with goes to the file it returns."""
+    """`slurm(state, refuses, jobs)` puts `squeue` and `scontrol` on the path; what `scontrol` was called with goes to the file it returns.
 
-    def install(state: str = "RUNNING", refuses: str = "") -> Path:
+    `squeue` tells of job 7, in a state or gone, or of `jobs`: one a line, with its number, its array's, its index there and its state.
+    """
+
+    def install(state: str = "RUNNING", refuses: str = "", jobs: str = "") -> Path:
         programs, calls = tmp_path / "bin", tmp_path / "calls"
         programs.mkdir()
-        scripts = {"squeue": f'echo "{state}"', "scontrol": f'echo "$@" >> {calls}'}
+        jobs = jobs or (f"7 7 N/A {state}" if state else "")
+        scripts = {"squeue": f"{TELL_JOBS} <<END\n{jobs}\nEND", "scontrol": f'echo "$@" >> {calls}'}
         if refuses:
             scripts["scontrol"] = f'echo "{refuses}" >&2; exit 1'
         for name, script in scripts.items():
-            (programs / name).write_text(f"#!/bin/sh\n{script}\n")
+            (programs / name).write_text(f"#!/bin/bash\n{script}\n")
             (programs / name).chmod(0o755)
         monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
         monkeypatch.setenv("SLURM_JOB_ID", "7")
@@ -55,14 +66,37 @@ def leave(preemption: Preemption, rank: int = 0, environment: Any = None) -> int
 def test_a_running_job_is_put_back(slurm: Any) -> None:
     calls = slurm()
     assert slurm_job() == "7"
-    assert requeue("7") is None
+    assert requeue("7") == ("7", None)
+    assert calls.read_text() == "requeue 7\n"
+
+
+def test_a_task_of_an_array_is_put_back_alone(slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = slurm(jobs=ARRAY)
+    assert leave(stopped()) == 0
+    assert calls.read_text() == "requeue 7_2\n"  # of `requeue 7` all three would begin anew
+    assert capsys.readouterr().out.endswith("job 7_2 is back in Slurm's queue\n")
+
+
+def test_a_task_of_an_array_has_its_own_state(slurm: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    calls = slurm(jobs=ARRAY.replace("2 RUNNING", "2 COMPLETING"))
+    assert leave(stopped()) == 143
+    assert capsys.readouterr().out.endswith("job 7_2 is COMPLETING: not put back into Slurm's queue\n")
+    assert not calls.exists()
+
+
+def test_a_job_that_a_task_of_an_array_has_submitted_is_no_task(slurm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """sbatch hands the task's variables on to it."""
+    calls = slurm()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "1")
+    assert leave(stopped()) == 0
     assert calls.read_text() == "requeue 7\n"
 
 
 @pytest.mark.parametrize("state", ["COMPLETING", "CANCELLED", ""])
 def test_a_job_that_is_being_ended_is_left_alone(state: str, slurm: Any) -> None:
     calls = slurm(state)
-    assert requeue("7") == (state or "gone")
+    assert requeue("7") == ("7", state or "gone")
     assert not calls.exists()
 
 

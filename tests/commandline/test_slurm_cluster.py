@@ -1,7 +1,7 @@
 """configs/slurm/fit.sbatch as it is, on a Slurm cluster of two nodes: preempted, requeued, and to the bit what nobody interrupted."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -44,13 +44,13 @@ def config(slurm: LocalSlurm, tiny_config: Path) -> Path:
     return path
 
 
-def submit(slurm: LocalSlurm, config: Path, run: str, *options: str) -> tuple[str, Path]:
-    """The job's number and what it prints to."""
+def submit(slurm: LocalSlurm, config: Path, run: str, *options: str, before: Sequence[str] = ()) -> tuple[str, Path]:
+    """The job's number and what it prints to; `before` are sbatch's options, `options` those of `fit`."""
     variables = {"REPOSITORY": str(ROOT), "CONFIG": str(config), "RUN": str(slurm.folder / run), "LOCAL": str(slurm.folder / "local")}
     variables |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}  # the nodes' names are no hosts
     here = ("--parsable", "--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", f"--output={run}.out")
     (slurm.folder / "local").mkdir(exist_ok=True)
-    return slurm.call("sbatch", *here, str(SCRIPT), *options, **variables), slurm.folder / f"{run}.out"
+    return slurm.call("sbatch", *here, *before, str(SCRIPT), *options, **variables), slurm.folder / f"{run}.out"
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +80,35 @@ def test_a_requeued_job_ends_as_an_uninterrupted_one(slurm: LocalSlurm, config: 
     assert printed.count("stopped by SIGUSR1 at step 1") == printed.count("stopped by SIGTERM at step 3") == 1
     assert printed.count("resumed from step ") == 2
     assert not (folder / "earlier").exists()
-    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith("step=")) == ["last.ckpt"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir() if not path.name.startswith(("step=", "best"))) == ["last.ckpt"]
     assert yaml.safe_load((folder / "config.yaml").read_text())["trainer"]["num_nodes"] == 2
     assert len(list((folder / "tb").glob("events.*"))) == 3  # one a start: rank 0 alone writes
     assert same_tensors(weights(folder), weights(uninterrupted))
     for tag, count in (("train/loss", STEPS), ("train/grad_norm", STEPS), ("train/tokens", STEPS), ("val/loss", 1 + STEPS // 10)):
         assert len(scalars(uninterrupted, tag)) == count
         assert scalars(folder, tag) == scalars(uninterrupted, tag), tag
+
+
+def test_a_task_of_an_array_is_put_back_alone(slurm: LocalSlurm, config: Path) -> None:
+    """Of two that train at once, on a node each: the one whose number is the array's, by which Slurm means both."""
+    array, _ = submit(slurm, config, "array", before=("--array=0-1", "--nodes=1", "--output=array-%a.out"))
+    numbers = {slurm.number(f"{array}_{index}"): index for index in (0, 1)}
+    index = numbers.pop(array)
+    [other] = numbers.values()
+    outputs = [slurm.folder / f"array-{place}.out" for place in (0, 1)]
+    for output in outputs:
+        slurm.wait_for_line(output, "validation at step 10:")
+    slurm.call("scancel", "--signal=USR1", f"{array}_{index}")
+    slurm.wait_for_line(outputs[index], f"job {array}_{index} is back in Slurm's queue")
+    for output, place in zip(outputs, (0, 1), strict=True):
+        state = slurm.wait_for(f"{array}_{place}", "COMPLETED", "FAILED")
+        assert state == "COMPLETED", output.read_text()
+    assert outputs[index].read_text().count("resumed from step 1") == 1
+    assert "start 2" not in outputs[other].read_text()
+    for place in (0, 1):  # neither has written where the other does
+        folder = slurm.folder / "array" / str(place)
+        assert len(scalars(folder, "train/loss")) == STEPS
+        assert not (folder / "earlier").exists()
 
 
 def test_a_cancelled_job_is_saved_and_stays_cancelled(slurm: LocalSlurm, config: Path) -> None:
