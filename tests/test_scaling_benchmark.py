@@ -9,6 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from mmrec.commandline.configs import shipped_configs
+
 FOLDER = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -64,6 +66,16 @@ def test_communication_is_hidden_where_something_else_runs(script: ModuleType) -
         {"communication_ms": 6.0, "communication_exposed_ms": 4.0, "communication_hidden": 1 / 3}
     )
     assert worker.communication(kernels[2:]) == {}
+
+
+@pytest.mark.parametrize("config", sorted(shipped_configs()))
+def test_every_configs_strategies_can_be_built(config: str, script: ModuleType) -> None:
+    """With the options of the config where it is of that class: those of a base's other class are not its."""
+    worker = importlib.import_module("scaling_worker")
+    case = script.Case(name="x", what="", config=config)
+    for name, kind in (("ddp", "TunedDDPStrategy"), ("fsdp2", "FSDP2Strategy")):
+        assert type(worker.strategy_for(case, name, "full")).__name__ == kind
+    assert worker.strategy_for(case, "single_device", "full") == "auto"
 
 
 def test_it_measures_one_process_and_two(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
