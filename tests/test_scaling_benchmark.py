@@ -2,12 +2,15 @@
 
 import importlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from processes import environment
 
 from mmrec.commandline.configs import shipped_configs
 
@@ -104,6 +107,57 @@ def test_a_rank_that_fails_ends_the_others_and_leaves_a_row(script: ModuleType, 
     assert script.main(arguments) == 1
     (row,) = json.loads(output.read_text())
     assert "ValueError: model.cuda_graph: weights in shards fit no CUDA graph" in row["failed"]
+
+
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+task, rank = json.loads(sys.argv[2]), int(os.environ["RANK"])
+answer, code, after = task["ranks"][rank]
+time.sleep(after)
+if answer is not None:
+    Path(task["answers"], f"{rank}.json").write_text(json.dumps([answer]))
+os._exit(code)
+"""
+WELL = {"B": 2, "ms_per_step": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "found"),
+    [
+        ([(WELL, 0, 0.0), (WELL, 0, 0.0)], [WELL, WELL]),
+        ([(WELL, 134, 0.0), (WELL, 0, 1.0)], [WELL | {"exit_codes": [134, 0]}] * 2),  # the second comes to its end all the same
+        ([(WELL, 1, 0.0), ({"failed": "OSError: x"}, 1, 0.0)], [{"failed": "rank 1: OSError: x"}]),
+        ([(None, 3, 0.0), ({"failed": "OSError: x"}, 1, 0.0)], [{"failed": "rank 1: OSError: x; rank 0: its process died (exit code 3)"}]),
+        ([(None, 3, 0.0), (WELL, 0, 600.0)], [{"failed": "rank 0: its process died (exit code 3)"}]),  # nobody waits for the other
+        ([(None, 0, 0.0), (WELL, 0, 0.0)], [{"failed": "rank 0: its process died (exit code 0)"}]),
+    ],
+)
+def test_a_point_is_what_its_ranks_answer_however_they_end(
+    ranks: list[tuple[object, int, float]], found: list[object], script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "worker.py"))
+    assert script.measure({"gpus": 2, "ranks": ranks}, 60.0) == found
+
+
+def test_ranks_that_do_not_answer_in_time_are_ended(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "worker.py"))
+    ranks = [(WELL, 0, 0.0), (WELL, 0, 600.0)]
+    assert script.measure({"gpus": 2, "ranks": ranks}, 0.5) == [{"failed": "no answer within 0 s"}]
+
+
+def test_a_rank_leaves_at_once_after_its_answer(script: ModuleType, tmp_path: Path) -> None:
+    """What a library does when the interpreter ends, waiting for another rank or crashing, comes too late."""
+    (tmp_path / "scaling_worker.py").write_text(
+        "import atexit, os\natexit.register(os._exit, 9)\ndef run(*arguments): return {'B': arguments[1]}\n"
+    )
+    task = {"parent": os.getpid(), "case": {"name": "x", "what": ""}, "batch": 3, "strategy": "ddp", "gpus": 1, "gradients": "full"}
+    call = f"import sys; sys.path[:0] = {[str(tmp_path), str(FOLDER)]!r}; import scaling; sys.exit(scaling.main())"
+    command = [sys.executable, "-c", call, "--worker", json.dumps(task | {"answers": str(tmp_path)})]
+    assert subprocess.run(command, env=environment(RANK="0"), check=False, timeout=100).returncode == 0
+    assert json.loads((tmp_path / "0.json").read_text()) == [{"B": 3}]
 
 
 @pytest.mark.parametrize(
