@@ -6,6 +6,10 @@ a CPU. Every point has processes of its own; one that fails leaves a row with th
 
 A step is the config's: its precision, optimiser, batch and accumulated micro-batches, of random tokens; but no CUDA graph, which with
 several GPUs there is not, so that one GPU and several take the same step. On one GPU there is no strategy, whatever it is called.
+
+`ddp` is TunedDDPStrategy, with the config's options where the config names it, else with `static_graph` and gradients in the buckets they
+are sent in. A config's `strategy: auto` or `ddp` is in `fit` Lightning's own DDP without either: what is measured here is had there by
+`--trainer.strategy lightning_modules.strategies.TunedDDPStrategy --trainer.strategy.static_graph true`. A row says which class and options.
 """
 
 import argparse
@@ -23,7 +27,7 @@ from typing import Any, NoReturn
 
 import torch
 from train_step import RESULTS, Row, end_with
-from train_step_cases import Case, check_settings
+from train_step_cases import OWN, Case, check_settings
 
 from mmrec.commandline.configs import config_layers, merge
 from mmrec.commandline.errors import one_line_errors
@@ -34,8 +38,24 @@ from mmrec.measuring.results import read_rows, write_rows
 
 PROGRAM = "python benchmarks/scaling.py"
 STRATEGIES = ("ddp", "fsdp2")
+OWN_HERE = OWN | {
+    "accumulate_grad_batches": "give --accumulate", "devices": "give --gpus", "num_nodes": "it measures one host",
+    "strategy": "give --strategy", "use_distributed_sampler": "",
+}  # fmt: skip
 QUICK = ["--config", "cpu_tiny", "--gpus", "1", "2", "--strategy", *STRATEGIES, "--steps", "2", "--warmup", "1", "--batch", "2"]
-SAME = ("config", "B", "T", "accumulate", "precision", "optimizer", "checkpointing", "set", "gpu")  # what a row is compared at
+SAME = (
+    "config",
+    "B",
+    "T",
+    "accumulate",
+    "precision",
+    "optimizer",
+    "checkpointing",
+    "set",
+    "gpu",
+    "torch",
+    "triton",
+)  # what a row is compared at
 
 
 def work(task: dict[str, Any]) -> NoReturn:
@@ -162,7 +182,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default="h100_370m", help="name or path of a config")
     parser.add_argument("--gpus", type=whole_number, nargs="+", default=[1], help="numbers of GPUs, one after the other")
     parser.add_argument("--strategy", choices=STRATEGIES, nargs="+", default=["ddp"], help="with everything on each GPU, or in shards")
-    parser.add_argument("--gradients", choices=("full", "bf16"), default="full", help="in what gradients are summed over the GPUs")
+    parser.add_argument("--gradients", choices=("full", "bf16"), help="in what gradients are summed over the GPUs; the config's")
     parser.add_argument("--steps", type=whole_number, default=20, help="steps under the clock")
     parser.add_argument("--warmup", type=whole_number, default=5, help="steps before the clock")
     parser.add_argument("--batch", type=whole_number, help="sequences of a micro-batch; the config's")
@@ -196,7 +216,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     try:
         options.case = case.changed(options.set)
-        check_settings(options.case, ["all"])
+        check_settings(options.case, ["all"], OWN_HERE)
     except ValueError as error:
         parser.error(f"--set: {error}" if options.set else str(error))
     return options
@@ -214,6 +234,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     if options.worker:
         work(json.loads(options.worker))
+    from scaling_worker import options_for  # Lightning takes seconds to import
+
     place, command = machine(device()), command_line(PROGRAM, arguments)
     output = options.output or RESULTS / f"scaling_{short_name(place['gpu'])}.json"
     print(f"{place['gpu']}, torch {place['torch']}, triton {place['triton']}, {place['date']}", flush=True)
@@ -229,7 +251,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task = {"case": vars(options.case), "batch": options.batch, "strategy": name, "gpus": gpus, "gradients": options.gradients}
             answers = measure(task, options.seconds)
             what = {"config": options.config, "strategy": name, "gpus": gpus, "B": options.batch, "T": options.case.seq_len}
-            what |= {"accumulate": options.case.accumulate, "set": options.set, "gradients_sent": options.gradients if gpus > 1 else None}
+            chosen = options_for(options.case, name, options.gradients)
+            what |= {"accumulate": options.case.accumulate, "set": options.set, "strategy_options": chosen}
+            what |= {"gradients_sent": chosen.get("gradients")}
             found = what | (answers[0] if "failed" in answers[0] else joined(answers)) | place | {"command": command}
             failed |= "failed" in found
             key = ("config", "strategy", "gpus", "B", "T", "accumulate", "set", "gradients_sent", "gpu")

@@ -15,6 +15,13 @@ from processes import environment
 from mmrec.commandline.configs import shipped_configs
 
 FOLDER = Path(__file__).parents[1] / "benchmarks"
+OWN_OPTIONS = """
+base: cpu_tiny
+trainer:
+  strategy:
+    class_path: lightning_modules.strategies.TunedDDPStrategy
+    init_args: {gradients: bf16, bucket_cap_mb: 9}
+"""
 
 
 @pytest.fixture
@@ -51,8 +58,9 @@ def test_efficiency_is_against_one_gpu_alone_at_the_same_settings(script: Module
         {"config": "a", "B": 2, "gpus": 4, "tokens_per_s_per_gpu": 97.0},
         {"config": "a", "B": 1, "gpus": 2, "failed": "rank 1: gone"},
     ]
+    rows += [rows[1] | {"torch": "2.12"}, rows[1] | {"triton": "3.7"}]
     script.with_efficiency(rows)
-    assert [row.get("efficiency") for row in rows] == [1.0, 0.97, None, None]
+    assert [row.get("efficiency") for row in rows] == [1.0, 0.97, None, None, None, None]
     assert script.line(rows[3] | {"strategy": "ddp"}) == "a, ddp on 2: NOT MEASURED: rank 1: gone"
 
 
@@ -81,6 +89,54 @@ def test_every_configs_strategies_can_be_built(config: str, script: ModuleType) 
     assert worker.strategy_for(case, "single_device", "full") == "auto"
 
 
+def test_the_configs_options_are_taken_where_it_names_the_strategy(script: ModuleType, tmp_path: Path) -> None:
+    worker = importlib.import_module("scaling_worker")
+
+    def options(config: str, name: str, gradients: str | None = None) -> dict[str, object]:
+        return worker.options_for(script.Case(name="x", what="", config=config), name, gradients)
+
+    (tmp_path / "own.yaml").write_text(OWN_OPTIONS)
+    own, tuned = str(tmp_path / "own.yaml"), {"static_graph": True, "gradient_as_bucket_view": True, "gradients": "full"}
+    assert options("h100_370m", "ddp").items() >= tuned.items()
+    assert options("h100_370m", "ddp", "bf16").items() >= (tuned | {"gradients": "bf16"}).items()
+    assert options(own, "ddp").items() >= {"static_graph": False, "bucket_cap_mb": 9, "gradients": "bf16"}.items()
+    assert options(own, "ddp", "full")["gradients"] == "full"
+    assert options(own, "fsdp2")["gradients"] == "full"  # the other class has options of its own
+    assert options(own, "single_device", "bf16") == {}
+
+
+def test_a_row_says_in_what_the_config_sums_gradients(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.yaml").write_text(OWN_OPTIONS)
+    tasks = []
+    monkeypatch.setattr(script, "measure", lambda task, limit: tasks.append(task) or [{"failed": "x"}])
+    arguments = ["--quick", "--config", str(tmp_path / "own.yaml"), "--strategy", "ddp", "--output", str(tmp_path / "rows.json")]
+    script.main(arguments)
+    script.main([*arguments, "--gradients", "full"])
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["gpus"], row["gradients_sent"], row["strategy_options"].get("bucket_cap_mb")) for row in rows] == [
+        (2, "bf16", 9),
+        (1, None, None),
+        (2, "full", 9),
+    ]
+    assert [task["gradients"] for task in tasks] == [None, None, "full", "full"]
+
+
+def test_what_the_script_gives_the_trainer_is_no_setting(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BuiltError(Exception):
+        """With the Trainer's arguments."""
+
+    def trainer(**arguments: object) -> None:
+        raise BuiltError(arguments)
+
+    for module, own, more in (("scaling_worker", script.OWN_HERE, ("single_device", 1, None)), ("train_step_worker", script.OWN, (0.0,))):
+        worker = importlib.import_module(module)
+        monkeypatch.setattr(worker, "Trainer", trainer)
+        case = script.Case(name="x", what="", config="cpu_tiny", seq_len=8)
+        with pytest.raises(BuiltError) as built:
+            worker.run(case, 1, *more)
+        assert built.value.args[0].keys() - case.settings()["trainer"].keys() <= own.keys()
+
+
 def test_it_measures_one_process_and_two(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(FOLDER.parent))
@@ -96,6 +152,9 @@ def test_it_measures_one_process_and_two(script: ModuleType, tmp_path: Path, mon
         assert len(row["peak_gib_by_gpu"]) == row["gpus"]
         assert row["command"].startswith("python benchmarks/scaling.py --quick")
         assert {"torch", "gpu", "date"} <= row.keys()
+    assert [row["strategy_class"] for row in rows] == ["SingleDeviceStrategy", "FSDP2Strategy"]
+    assert [row["gradients_sent"] for row in rows] == [None, "full"]
+    assert rows[1]["strategy_options"]["reduce_every_micro_batch"] is True
     assert rows[1]["loss"] == pytest.approx(rows[0]["loss"], rel=0.05)
 
 
@@ -167,6 +226,12 @@ def test_a_rank_leaves_at_once_after_its_answer(script: ModuleType, tmp_path: Pa
         (["--strategy", "zero"], "--strategy: invalid choice: 'zero'"),
         (["--quick", "--config", "nope"], "no config nope. Shipped ones: "),
         (["--quick", "--set", "network.modell_dim=3"], "--set: no network.modell_dim; did you mean network.model_dim?"),
+        (
+            ["--quick", "--set", "trainer.accumulate_grad_batches=4"],
+            "--set: trainer.accumulate_grad_batches is the script's own; give --accumulate",
+        ),
+        (["--quick", "--set", "trainer.strategy=ddp"], "--set: trainer.strategy is the script's own; give --strategy"),
+        (["--quick", "--set", "trainer.logger=true"], "--set: trainer.logger is the script's own; leave it out"),
         (["--quick", "--stepz", "3"], "unknown option --stepz; did you mean --steps?"),
         (["--config", "h100_370m"], "no CUDA device; --quick tries the script on a CPU"),
     ],
