@@ -44,18 +44,8 @@ OWN_HERE = OWN | {
 }  # fmt: skip
 QUICK = ["--config", "cpu_tiny", "--gpus", "1", "2", "--strategy", *STRATEGIES, "--steps", "2", "--warmup", "1", "--batch", "2"]
 SAME = (
-    "config",
-    "B",
-    "T",
-    "accumulate",
-    "precision",
-    "optimizer",
-    "checkpointing",
-    "set",
-    "gpu",
-    "torch",
-    "triton",
-)  # what a row is compared at
+    "config", "B", "T", "accumulate", "precision", "optimizer", "checkpointing", "set", "gpu", "torch", "triton",
+)  # fmt: skip
 
 
 def work(task: dict[str, Any]) -> NoReturn:
