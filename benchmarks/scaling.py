@@ -43,6 +43,7 @@ OWN_HERE = OWN | {
     "strategy": "give --strategy", "use_distributed_sampler": "",
 }  # fmt: skip
 QUICK = ["--config", "cpu_tiny", "--gpus", "1", "2", "--strategy", *STRATEGIES, "--steps", "2", "--warmup", "1", "--batch", "2"]
+# What a row is compared at.
 SAME = (
     "config", "B", "T", "accumulate", "precision", "optimizer", "checkpointing", "set", "gpu", "torch", "triton",
 )  # fmt: skip
