@@ -108,7 +108,11 @@ def judged(answers: Sequence[dict[str, Any] | None], codes: Sequence[int | None]
         codes: exit codes by rank; None of a process that had to be ended.
         limit: seconds that there were.
     """
-    causes = [f"rank {rank}: {answer['failed']}" for rank, answer in enumerate(answers) if answer and "failed" in answer]
+    said: dict[str, int] = {}  # a reason, and the first rank that gives it
+    for rank, answer in enumerate(answers):
+        if answer and "failed" in answer:
+            said.setdefault(answer["failed"], rank)
+    causes = [f"rank {rank}: {reason}" for reason, rank in said.items()]
     died = [
         f"rank {rank}: its process died (exit code {code})"
         for rank, (answer, code) in enumerate(zip(answers, codes, strict=True))

@@ -187,7 +187,6 @@ WELL = {"B": 2, "ms_per_step": 1.0}
         ([(WELL, 0, 0.0), (WELL, 0, 0.0)], [WELL, WELL]),
         ([(WELL, 134, 0.0), (WELL, 0, 1.0)], [WELL | {"exit_codes": [134, 0]}] * 2),  # the second comes to its end all the same
         ([(WELL, 1, 0.0), ({"failed": "OSError: x"}, 1, 0.0)], [{"failed": "rank 1: OSError: x"}]),
-        ([(None, 3, 0.0), ({"failed": "OSError: x"}, 1, 0.0)], [{"failed": "rank 1: OSError: x; rank 0: its process died (exit code 3)"}]),
         ([(None, 3, 0.0), (WELL, 0, 600.0)], [{"failed": "rank 0: its process died (exit code 3)"}]),  # nobody waits for the other
         ([(None, 0, 0.0), (WELL, 0, 0.0)], [{"failed": "rank 0: its process died (exit code 0)"}]),
     ],
@@ -198,6 +197,13 @@ def test_a_point_is_what_its_ranks_answer_however_they_end(
     (tmp_path / "worker.py").write_text(WORKER)
     monkeypatch.setattr(script, "__file__", str(tmp_path / "worker.py"))
     assert script.measure({"gpus": 2, "ranks": ranks}, 60.0) == found
+
+
+def test_what_ranks_say_goes_before_who_died_and_is_said_once(script: ModuleType) -> None:
+    x, y = {"failed": "OSError: x"}, {"failed": "OSError: y"}
+    assert script.judged([None, x, x, y, WELL], [3, 1, 1, None, None], 9.0) == [
+        {"failed": "rank 1: OSError: x; rank 3: OSError: y; rank 0: its process died (exit code 3)"}
+    ]
 
 
 def test_ranks_that_do_not_answer_in_time_are_ended(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
