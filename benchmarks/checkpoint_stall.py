@@ -12,13 +12,11 @@ import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from curves import machine
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader
 from train_step_worker import RandomTokens
@@ -30,7 +28,7 @@ from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.plain_parser import PlainParser, output_file, whole_number
 from mmrec.config import MMRecConfig
 from mmrec.files import write_atomically
-from mmrec.measuring.machine import device, synchronize
+from mmrec.measuring.machine import device, machine, software, synchronize
 
 BACKGROUND, WAITED_FOR, NONE = "background", "waited_for", "none"
 WARMUP = 5  # steps: compiling, capturing
@@ -150,8 +148,8 @@ def measure(options: Namespace, folder: Path) -> dict[str, Any]:
     trainer.fit(module, DataLoader(tokens, batch_size=None, pin_memory=where.type == "cuda"))
     parameters = sum(parameter.numel() for parameter in module.parameters())
     return {
-        "date": date.today().isoformat(),
-        **machine(),
+        **machine(device()),
+        **software(),
         "config": TINY if options.size == "tiny" else options.size,
         "parameters": parameters,
         "tokens_a_step": batch * data["seq_len"] * accumulate,

@@ -1,32 +1,20 @@
 """Write the curves of a run as JSON, with the machine and the versions: `python benchmarks/curves.py RUN_FOLDER OUTPUT.json`."""
 
 import json
-import os
-import platform
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import lightning
-import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmrec.commandline.plain_parser import PlainParser
 from mmrec.files import write_atomically
-from mmrec.measuring.machine import device, device_name
+from mmrec.measuring.machine import device, machine, software
 
 CURVES = ("train/loss", "train/loss_main", "train/loss_aux", "train/grad_norm", "val/", "aux/")
 PATHS = ("default_root_dir", "tokens_dir", "tokenizer", "train_files", "validation_files", "cache_dir", "snapshot_dir", "dirpath")
 POINTS = 60  # a tag, at the most; the ends are always kept
-
-
-def machine() -> dict[str, Any]:
-    """Where the figures were taken."""
-    where = device()
-    name = device_name(where) if where.type == "cuda" else f"CPU: {device_name(where)}, {len(os.sched_getaffinity(0))} cores"
-    return {"device": name, "python": platform.python_version(), "torch": torch.__version__, "lightning": lightning.__version__}
 
 
 def thin(points: list[Any]) -> list[Any]:
@@ -54,8 +42,8 @@ def curves(run: Path) -> dict[str, Any]:
     scalars = {tag: events.Scalars(tag) for tag in tags}
     first, last = scalars["train/loss"][0], scalars["train/loss"][-1]
     return {
-        "date": date.today().isoformat(),
-        **machine(),
+        **machine(device()),
+        **software(),
         "config": without_folders(yaml.safe_load((run / "config.yaml").read_text())),
         "steps": last.step + 1,
         "seconds_of_training": round(last.wall_time - first.wall_time, 1),

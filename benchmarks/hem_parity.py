@@ -7,10 +7,10 @@ relations of docs/math.md.
 import json
 
 import torch
-from curves import machine
 
 from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.config import MMRecConfig
+from mmrec.measuring.machine import machine, software
 from mmrec.scripts.hem_parity import block_pair, parity_errors
 
 
@@ -35,7 +35,7 @@ def main() -> None:
                 {"dtype": str(dtype).removeprefix("torch."), "pe_dim": pe_dim, "largest": errors[worst], "of": worst, "errors": errors}
             )
             print(rows[-1]["dtype"], pe_dim, worst, f"{errors[worst]:.2e}", f"output {errors['output']:.2e}", f"dx {errors['dx']:.2e}")
-    arguments.output.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+    arguments.output.write_text(json.dumps({**machine(torch.device("cpu")), **software(), "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

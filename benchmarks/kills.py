@@ -19,13 +19,11 @@ import time
 import traceback
 from argparse import Namespace
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from curves import machine
 
 # Imported here, before any run is forked: each would take seconds for it.
 import mmrec.commandline.trainer_cli  # noqa: F401
@@ -33,6 +31,7 @@ from mmrec.checkpoint_files import LAST
 from mmrec.cli import main as cli
 from mmrec.commandline.plain_parser import PlainParser, output_file, whole_number
 from mmrec.files import TEMPORARY_SUFFIX, read_checkpoint, write_atomically
+from mmrec.measuring.machine import device, machine, software
 
 COMPARED = ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "tokens_seen", "global_step", "loops")
 POLL_SECONDS = 0.001
@@ -208,8 +207,8 @@ def measure(options: Namespace, folder: Path) -> dict[str, Any]:
         rows.append(killed_run(number, options, folder, 0.8 * span, drawn))
         print(json.dumps(rows[-1]), flush=True)
     return {
-        "date": date.today().isoformat(),
-        **machine(),
+        **machine(device()),
+        **software(),
         "steps": options.steps,
         "checkpoint_mib": round(files[-1].stat().st_size / 2**20, 1),
         "seconds_undisturbed": round(span, 2),

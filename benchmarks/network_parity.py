@@ -10,10 +10,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from curves import machine
 
 from mmrec.commandline.plain_parser import PlainParser, output_file
 from mmrec.measuring.errors import relative_error
+from mmrec.measuring.machine import machine, software
 from mmrec.model import MMRecModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -62,7 +62,7 @@ def main() -> None:
     for (name, dtype), compiled, use_hem in product(DTYPES.items(), (False, True), (True, False)):
         rows.append(parity(dtype, compiled, use_hem, device))
         print(name, json.dumps(rows[-1]), file=sys.stderr, flush=True)
-    arguments.output.write_text(json.dumps({**machine(), "rows": rows}, indent=1) + "\n")
+    arguments.output.write_text(json.dumps({**machine(torch.device(device)), **software(), "rows": rows}, indent=1) + "\n")
     print(arguments.output)
 
 

@@ -6,6 +6,10 @@ a CPU. Every point has processes of its own; one that fails leaves a row with th
 
 A step is the config's: its precision, optimiser, batch and accumulated micro-batches, of random tokens; but no CUDA graph, which with
 several GPUs there is not, so that one GPU and several take the same step. On one GPU there is no strategy, whatever it is called.
+
+`ddp` is TunedDDPStrategy, with the config's options where the config names it, else with `static_graph` and gradients in the buckets they
+are sent in. A config's `strategy: auto` or `ddp` is in `fit` Lightning's own DDP without either: what is measured here is had there by
+`--trainer.strategy lightning_modules.strategies.TunedDDPStrategy --trainer.strategy.static_graph true`. A row says which class and options.
 """
 
 import argparse
@@ -19,11 +23,11 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from train_step import RESULTS, Row, end_with
-from train_step_cases import Case, check_settings
+from train_step_cases import OWN, Case, check_settings
 
 from mmrec.commandline.configs import config_layers, merge
 from mmrec.commandline.errors import one_line_errors
@@ -34,12 +38,19 @@ from mmrec.measuring.results import read_rows, write_rows
 
 PROGRAM = "python benchmarks/scaling.py"
 STRATEGIES = ("ddp", "fsdp2")
+OWN_HERE = OWN | {
+    "accumulate_grad_batches": "give --accumulate", "devices": "give --gpus", "num_nodes": "it measures one host",
+    "strategy": "give --strategy", "use_distributed_sampler": "",
+}  # fmt: skip
 QUICK = ["--config", "cpu_tiny", "--gpus", "1", "2", "--strategy", *STRATEGIES, "--steps", "2", "--warmup", "1", "--batch", "2"]
-SAME = ("config", "B", "T", "accumulate", "precision", "optimizer", "checkpointing", "set", "gpu")  # what a row is compared at
+# What a row is compared at.
+SAME = (
+    "config", "B", "T", "accumulate", "precision", "optimizer", "checkpointing", "set", "gpu", "torch", "triton",
+)  # fmt: skip
 
 
-def work(task: dict[str, Any]) -> int:
-    """Train as one of a point's ranks and write what it saw where the task says; the exit code."""
+def work(task: dict[str, Any]) -> NoReturn:
+    """Train as one of a point's ranks and write what it saw where the task says; ends the process."""
     threading.Thread(target=end_with, args=(task["parent"],), daemon=True).start()
     try:
         from scaling_worker import run
@@ -51,13 +62,12 @@ def work(task: dict[str, Any]) -> int:
         traceback.print_exc()
         answer = {"failed": reason_of(error)}
     write_rows(Path(task["answers"]) / f"{os.environ['RANK']}.json", [answer])
-    if "failed" in answer:
-        os._exit(1)  # at once: the libraries' own end may wait for a rank that waits for this one
-    return 0
+    sys.stdout.flush()
+    os._exit(1 if "failed" in answer else 0)  # at once: the libraries' own end may wait for a rank that waits for this one, or crash
 
 
 def measure(task: dict[str, Any], limit: float) -> list[dict[str, Any]]:
-    """What each rank of a point says; one answer with `failed` where one of them did not come to the end, which ends the others."""
+    """What each rank of a point says; one answer with `failed` where one of them has none, which ends the others."""
     with tempfile.TemporaryDirectory() as folder:
         task = task | {"answers": folder, "parent": os.getpid()}
         command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
@@ -70,26 +80,50 @@ def measure(task: dict[str, Any], limit: float) -> list[dict[str, Any]]:
         processes = [subprocess.Popen(command, env=environment) for environment in environments]
         end = time.monotonic() + limit
         try:
-            while any(process.poll() is None for process in processes):
-                failed = [rank for rank in ranks if processes[rank].poll()]
-                if failed:
-                    return [{"failed": _reason(Path(folder), failed[0], processes[failed[0]].returncode)}]
-                if time.monotonic() > end:
-                    return [{"failed": f"no answer within {limit:.0f} s"}]
+            while any(process.poll() is None for process in processes) and time.monotonic() < end:
+                ended = [rank for rank in ranks if processes[rank].poll() is not None]
+                if any("failed" in (_answer(Path(folder), rank) or {"failed": "without a word"}) for rank in ended):
+                    break
                 time.sleep(0.1)
+            codes = [process.poll() for process in processes]
         finally:
             for process in processes:
                 process.kill()
                 process.wait()
-        for rank in ranks:
-            if processes[rank].returncode:
-                return [{"failed": _reason(Path(folder), rank, processes[rank].returncode)}]
-        return [read_rows(Path(folder) / f"{rank}.json")[0] for rank in ranks]
+        return judged([_answer(Path(folder), rank) for rank in ranks], codes, limit)
 
 
-def _reason(folder: Path, rank: int, code: int) -> str:
+def _answer(folder: Path, rank: int) -> dict[str, Any] | None:
     path = folder / f"{rank}.json"
-    return f"rank {rank}: {read_rows(path)[0]['failed'] if path.exists() else f'its process died (exit code {code})'}"
+    return read_rows(path)[0] if path.exists() else None
+
+
+def judged(answers: Sequence[dict[str, Any] | None], codes: Sequence[int | None], limit: float) -> list[dict[str, Any]]:
+    """The answers of a point's ranks, or one with `failed`: what ranks say went wrong, then who died without a word.
+
+    A rank that has answered and then ends badly, as in a library's teardown, takes nothing from the answer: it says so under `exit_codes`.
+
+    Args:
+        answers: by rank; None where there is none.
+        codes: exit codes by rank; None of a process that had to be ended.
+        limit: seconds that there were.
+    """
+    said: dict[str, int] = {}  # a reason, and the first rank that gives it
+    for rank, answer in enumerate(answers):
+        if answer and "failed" in answer:
+            said.setdefault(answer["failed"], rank)
+    causes = [f"rank {rank}: {reason}" for reason, rank in said.items()]
+    died = [
+        f"rank {rank}: its process died (exit code {code})"
+        for rank, (answer, code) in enumerate(zip(answers, codes, strict=True))
+        if answer is None and code is not None
+    ]
+    given = [answer for answer in answers if answer is not None]
+    if causes or died:
+        return [{"failed": "; ".join(causes + died)}]
+    if len(given) < len(answers):
+        return [{"failed": f"no answer within {limit:.0f} s"}]
+    return [answer | {"exit_codes": list(codes)} for answer in given] if any(codes) else given
 
 
 def joined(answers: Sequence[dict[str, Any]]) -> Row:
@@ -130,9 +164,10 @@ def line(row: Row) -> str:
     forms = {
         "tokens_per_s_per_gpu": "{:,.0f} tokens/s a GPU", "efficiency": "{:.1%} of one alone", "ms_per_step": "{:.2f} ms a step",
         "mfu": "MFU {:.1%}", "peak_gib": "peak {:.2f} GiB", "communication_ms": "{:.1f} ms of communication",
-        "communication_hidden": "{:.0%} of it behind the rest",
+        "communication_hidden": "{:.0%} of it behind the rest", "exit_codes": "processes that ended badly after it: exit codes {}",
     }  # fmt: skip
-    return f"{heading}: " + ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name) is not None)
+    said = [form.format(row[name]) for name, form in forms.items() if row.get(name) is not None]
+    return f"{heading}: " + ", ".join(said)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -142,7 +177,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", default="h100_370m", help="name or path of a config")
     parser.add_argument("--gpus", type=whole_number, nargs="+", default=[1], help="numbers of GPUs, one after the other")
     parser.add_argument("--strategy", choices=STRATEGIES, nargs="+", default=["ddp"], help="with everything on each GPU, or in shards")
-    parser.add_argument("--gradients", choices=("full", "bf16"), default="full", help="in what gradients are summed over the GPUs")
+    parser.add_argument("--gradients", choices=("full", "bf16"), help="in what gradients are summed over the GPUs; the config's")
     parser.add_argument("--steps", type=whole_number, default=20, help="steps under the clock")
     parser.add_argument("--warmup", type=whole_number, default=5, help="steps before the clock")
     parser.add_argument("--batch", type=whole_number, help="sequences of a micro-batch; the config's")
@@ -176,7 +211,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     try:
         options.case = case.changed(options.set)
-        check_settings(options.case, ["all"])
+        check_settings(options.case, ["all"], OWN_HERE)
     except ValueError as error:
         parser.error(f"--set: {error}" if options.set else str(error))
     return options
@@ -193,7 +228,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = parse(arguments)
     if options.worker:
-        return work(json.loads(options.worker))
+        work(json.loads(options.worker))
+    from scaling_worker import options_for  # Lightning takes seconds to import
+
     place, command = machine(device()), command_line(PROGRAM, arguments)
     output = options.output or RESULTS / f"scaling_{short_name(place['gpu'])}.json"
     print(f"{place['gpu']}, torch {place['torch']}, triton {place['triton']}, {place['date']}", flush=True)
@@ -209,7 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task = {"case": vars(options.case), "batch": options.batch, "strategy": name, "gpus": gpus, "gradients": options.gradients}
             answers = measure(task, options.seconds)
             what = {"config": options.config, "strategy": name, "gpus": gpus, "B": options.batch, "T": options.case.seq_len}
-            what |= {"accumulate": options.case.accumulate, "set": options.set, "gradients_sent": options.gradients if gpus > 1 else None}
+            chosen = options_for(options.case, name, options.gradients)
+            what |= {"accumulate": options.case.accumulate, "set": options.set, "strategy_options": chosen}
+            what |= {"gradients_sent": chosen.get("gradients")}
             found = what | (answers[0] if "failed" in answers[0] else joined(answers)) | place | {"command": command}
             failed |= "failed" in found
             key = ("config", "strategy", "gpus", "B", "T", "accumulate", "set", "gradients_sent", "gpu")

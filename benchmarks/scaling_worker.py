@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from lightning.pytorch import Trainer
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
-from train_step_cases import Case
+from train_step_cases import SILENT, Case
 from train_step_clock import StepClock
 from train_step_worker import RandomTokens, build
 
@@ -23,6 +24,7 @@ from mmrec.commandline.memory_plan import asked_by
 from mmrec.measuring.machine import device_name
 
 Interval = tuple[float, float]
+KINDS: dict[str, Any] = {"ddp": TunedDDPStrategy, "fsdp2": FSDP2Strategy}
 
 
 class ScalingClock(StepClock):
@@ -91,18 +93,30 @@ def union(spans: Sequence[Interval]) -> list[Interval]:
     return found
 
 
-def strategy_for(case: Case, name: str, gradients: str) -> Any:
-    """The strategy, with the options that the config gives it where it is the config's own."""
+def options_for(case: Case, name: str, gradients: str | None) -> dict[str, Any]:
+    """All options of a strategy's class: the config's where that names the class, else `static_graph` for DDP and the class's own.
+
+    Args:
+        case: whose config is asked.
+        name: single_device, which has none, ddp or fsdp2.
+        gradients: in what they are summed; None: what the options say.
+    """
     if name == "single_device":
-        return "auto"
-    kind: Any = FSDP2Strategy if name == "fsdp2" else TunedDDPStrategy
+        return {}
+    kind = KINDS[name]
     asked = asked_by(merge(config_layers(case.config)), gpus=2)
-    defaults = {} if name == "fsdp2" else {"static_graph": True}
-    options = asked.options if asked.name == kind.__name__ else defaults
-    return kind(**{**options, "gradients": gradients})
+    chosen = dict(asked.options) if asked.name == kind.__name__ else {"static_graph": True} if name == "ddp" else {}
+    if gradients is not None:
+        chosen["gradients"] = gradients
+    return {option: parameter.default for option, parameter in signature(kind).parameters.items()} | chosen
 
 
-def run(case: Case, batch: int, strategy: str, gpus: int, gradients: str) -> dict[str, Any]:
+def strategy_for(case: Case, name: str, gradients: str | None) -> Any:
+    """The strategy, with the options of `options_for`."""
+    return "auto" if name == "single_device" else KINDS[name](**options_for(case, name, gradients))
+
+
+def run(case: Case, batch: int, strategy: str, gpus: int, gradients: str | None) -> dict[str, Any]:
     """Train on this rank; what it saw.
 
     Args:
@@ -110,7 +124,7 @@ def run(case: Case, batch: int, strategy: str, gpus: int, gradients: str) -> dic
         batch: sequences of a micro-batch.
         strategy: single_device, ddp or fsdp2.
         gpus: ranks.
-        gradients: in what they are summed.
+        gradients: in what they are summed; None: as the config says.
     """
     ignore_known_warnings()
     on_gpu = torch.cuda.is_available()
@@ -127,12 +141,8 @@ def run(case: Case, batch: int, strategy: str, gpus: int, gradients: str) -> dic
         max_steps=clock.total,
         accumulate_grad_batches=case.accumulate,
         use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1000,
         callbacks=[clock],
+        **SILENT,
         **settings["trainer"],
     )
     loader = DataLoader(RandomTokens(batch, case.seq_len, settings["network"]["vocab_size"]), batch_size=None, pin_memory=on_gpu)
@@ -141,6 +151,7 @@ def run(case: Case, batch: int, strategy: str, gpus: int, gradients: str) -> dic
         "in_use_gib": clock.in_use_gib,
         "config": case.config,
         "strategy": strategy,
+        "strategy_class": type(trainer.strategy).__name__,
         "gpus": gpus,
         "B": batch,
         "T": case.seq_len,

@@ -1,6 +1,6 @@
 """What `train_step.py` can measure: which network, which batch, how trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from inspect import signature
 from typing import Any
@@ -12,6 +12,15 @@ from mmrec.config import MMRecConfig
 from mmrec.nearest import did_you_mean, nearest_name
 
 KINDS = ("step", "llama", "planning")
+# Arguments of the Trainer: nothing beside the clock.
+SILENT: dict[str, Any] = {
+    "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1000,
+}  # fmt: skip
+# Arguments of the Trainer that the scripts give themselves, and what changes them; "" where nothing does.
+OWN = dict.fromkeys((*SILENT, "accelerator", "callbacks", "num_nodes"), "") | {
+    "accumulate_grad_batches": "its cases have their own", "devices": "benchmarks/scaling.py measures several", "max_steps": "give --steps",
+    "strategy": "benchmarks/scaling.py measures them",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +83,13 @@ class Case:
         return case
 
 
-def check_settings(case: Case, settings: Sequence[str]) -> None:
+def check_settings(case: Case, settings: Sequence[str], own: Mapping[str, str] = OWN) -> None:
     """Raise where one of `settings`, which `case` was changed by, names nothing, or the network cannot be built with them.
+
+    Args:
+        case: with the settings in it.
+        settings: as they were given.
+        own: arguments of the Trainer that are no setting, as the script gives them itself, and what changes them.
 
     Raises:
         ValueError: in one line, with the nearest name.
@@ -95,6 +109,8 @@ def check_settings(case: Case, settings: Sequence[str]) -> None:
         for name in getattr(case, group):
             if name not in names:
                 raise ValueError(f"no {group}.{name}{did_you_mean(f'{group}.{nearest_name(name, names)}')}")
+    for name in own.keys() & case.trainer:
+        raise ValueError(f"trainer.{name} is the script's own; {own[name] or 'leave it out'}")
     MMRecConfig(**case.settings()["network"])
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from train_step_cases import Case
+from train_step_cases import SILENT, Case
 from train_step_clock import StepClock
 
 from callbacks.device_peaks import dense_bf16_peak
@@ -126,12 +126,8 @@ def training_steps(case: Case, batch: int, began: float, profiled: bool, where: 
         devices=1,
         max_steps=clock.total,
         accumulate_grad_batches=case.accumulate,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1000,
         callbacks=[clock],
+        **SILENT,
         **settings["trainer"],
     )
     vocabulary = settings["network"]["vocab_size"]

@@ -115,6 +115,8 @@ def test_a_setting_makes_a_row_of_its_own(train_step: ModuleType) -> None:
         (["--set", "model.network.pe_dims=3"], "--set: no network.pe_dims; did you mean network.pe_dim?"),
         (["--set", "model.compile_block=true"], "--set: no model.compile_block; did you mean model.compile_blocks?"),
         (["--set", "trainer.precison=16"], "--set: no trainer.precison; did you mean trainer.precision?"),
+        (["--set", "trainer.max_steps=4"], "--set: trainer.max_steps is the script's own; give --steps"),
+        (["--set", "trainer.callbacks=null"], "--set: trainer.callbacks is the script's own; leave it out"),
         (["--set", "network.pe_dim=0"], "--set: pe_dim is 0; give a whole number of at least 1"),
         (["--batch", "0"], "--batch: '0' is no whole number of at least 1"),
         (["--seconds", "0"], "--seconds: '0' is no number of seconds above 0"),

@@ -1,14 +1,16 @@
 """`configs`: the shipped configs, or given ones, with their parameters, memory and tokens; and how one is spread over GPUs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from typing import Any
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mmrec.commandline.configs import config_layers, merge, shipped_configs
 from mmrec.commandline.errors import BadInputError
-from mmrec.commandline.memory_estimate import Estimate, estimate
+from mmrec.commandline.memory_estimate import Estimate, check_sizes, estimate
 from mmrec.commandline.memory_plan import advice, asked_by, plans
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 
@@ -44,11 +46,29 @@ def run(arguments: Sequence[str]) -> None:
             raise BadInputError(f"--explain explains one config, {options.explain}; leave {options.names[0]} out")
         _explain(options.explain, options.gpus, options.gpu_memory, options.json)
         return
-    estimates = [estimate(name, merge(config_layers(name)), options.devices) for name in options.names or shipped_configs()]
+    estimates = [_estimate(name, options.devices) for name in options.names or shipped_configs()]
     if options.json:
         print(json.dumps([{**asdict(row), "total": row.total} for row in estimates], indent=2, ensure_ascii=False))
     else:
         _print_table(estimates, options.devices)
+
+
+@contextmanager
+def _naming(name: str, content: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse an overlay, and say of which config an error within is."""
+    try:
+        check_sizes(name, content)
+        yield
+    except BadInputError:
+        raise
+    except (TypeError, AttributeError, ValueError) as error:  # a key that the network does not know, a group that is no mapping
+        raise BadInputError(f"config {name}: {error}") from error
+
+
+def _estimate(name: str, devices: int) -> Estimate:
+    content = merge(config_layers(name))
+    with _naming(name, content):
+        return estimate(name, content, devices)
 
 
 def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
@@ -84,10 +104,8 @@ def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
 
 def _explain(name: str, gpus: int, memory_gb: float, as_json: bool) -> None:
     content = merge(config_layers(name))
-    try:
+    with _naming(name, content):
         found, used = plans(name, content, gpus), asked_by(content, gpus).kind
-    except (TypeError, AttributeError, ValueError) as error:  # a key that the network does not know, a group that is no mapping
-        raise BadInputError(f"config {name}: {error}") from error
     memory = memory_gb * 1e9
     taken = advice(found, used, memory)
     if as_json:

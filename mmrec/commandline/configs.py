@@ -140,7 +140,11 @@ def config_layers(name: str, beside: Path | None = None, _above: tuple[Path, ...
 
 
 def merge(layers: list[ConfigLayer]) -> dict[str, Any]:
-    """One mapping of all layers, later ones winning key by key; for reading, the parser merges by its own rules."""
+    """One mapping of all layers, later ones winning key by key; for reading, the parser merges by its own rules.
+
+    Where a layer names another class, the `init_args` of the one before are dropped. The parser keeps those of them that the new class
+    takes too; which these are only an import of it would tell, and that takes seconds.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         _merge_into(merged, layer.content)
@@ -148,8 +152,15 @@ def merge(layers: list[ConfigLayer]) -> dict[str, Any]:
 
 
 def _merge_into(target: dict[str, Any], source: dict[str, Any]) -> None:
+    if "class_path" in target and "class_path" in source and _class_name(target) != _class_name(source):
+        target.pop("init_args", None)
     for key, value in source.items():
         if isinstance(value, dict) and isinstance(target.get(key), dict):
             _merge_into(target[key], value)
         else:
             target[key] = value
+
+
+def _class_name(spec: dict[str, Any]) -> str:
+    """Without the module, which the parser lets be left out."""
+    return str(spec["class_path"]).rpartition(".")[2]

@@ -87,7 +87,6 @@ GPU_MEMORY_7B = Bound("40", "80", "", "", "GB")
 BILLIONS_OF_7B = (6.5, 8.0)
 ALLOCATOR = 1.15  # what the estimate leaves out: the allocator's rounding and fragments, 5 to 15 %
 LEAST_ALLOCATOR = 1.05
-LEAST_ALLOCATOR = 1.05
 CORES = Bound(
     "8",
     "16",

@@ -1,11 +1,12 @@
 """How much memory and how many tokens a config asks for, from its sizes alone; nothing is allocated."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 
+from mmrec.commandline.errors import BadInputError
 from mmrec.config import MMRecConfig
 from mmrec.model import MMRecModel
 
@@ -86,6 +87,30 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step if steps > 0 else None,
     )
+
+
+def check_sizes(name: str, content: Mapping[str, Any]) -> None:
+    """Raise where a config is an overlay: what it leaves out is not the default network's, but of the config that it changes.
+
+    Args:
+        name: of the config.
+        content: its merged content.
+
+    Raises:
+        BadInputError: no size of a network is given, or the network is a baseline's.
+    """
+    if "baseline" in content:
+        raise BadInputError(
+            f"config {name} is an overlay of a baseline, whose memory is not estimated; studies train it on top of study_35m or "
+            f"study_120m: python -m mmrec.scripts.train_uboo_test --arms {_group(content, 'baseline').get('kind', '')}"
+        )
+    network = _group(_group(content, "model"), "network")
+    misspelt = network.keys() - {field.name for field in fields(MMRecConfig)}  # which the network names better
+    if not misspelt and not network.keys() & {"model_dim", "num_layers"}:
+        raise BadInputError(
+            f"config {name} gives no model.network.model_dim or num_layers: it is an overlay, in fit given after the config that it "
+            f"changes (--config study_35m --config {name}); for both together give a file of `base: [study_35m, {name}]`, or say the sizes"
+        )
 
 
 def _group(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:

@@ -38,6 +38,11 @@ def machine(where: torch.device) -> dict[str, Any]:
     return {"torch": torch.__version__, "triton": triton, "gpu": name, "date": date.today().isoformat()}
 
 
+def software() -> dict[str, str]:
+    """Versions that a whole run depends on besides those of `machine`: Python's and Lightning's."""
+    return {"python": platform.python_version(), "lightning": importlib.metadata.version("lightning")}
+
+
 def synchronize(where: torch.device) -> None:
     """Wait for the device."""
     if where.type == "cuda":

@@ -107,6 +107,22 @@ def test_bases_are_merged_first_and_found_beside_the_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
+    ("overlay", "kept"),
+    [
+        ("{class_path: b.Y, init_args: {new: 2}}", {"class_path": "b.Y", "init_args": {"new": 2}}),
+        ("{class_path: b.Y}", {"class_path": "b.Y"}),
+        ("{class_path: X, init_args: {new: 2}}", {"class_path": "X", "init_args": {"old": 1, "new": 2}}),  # the same, without its module
+        ("{init_args: {new: 2}}", {"class_path": "a.X", "init_args": {"old": 1, "new": 2}}),
+        ("auto", "auto"),
+    ],
+)
+def test_another_class_takes_nothing_of_the_one_before(overlay: str, kept: object) -> None:
+    Path("a.yaml").write_text("trainer: {strategy: {class_path: a.X, init_args: {old: 1}}}\n")
+    Path("b.yaml").write_text(f"base: a.yaml\ntrainer: {{strategy: {overlay}}}\n")
+    assert merge(config_layers("b.yaml"))["trainer"]["strategy"] == kept
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         ("base: x.yaml\n", "base x.yaml leads back to itself"),

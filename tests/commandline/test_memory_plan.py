@@ -10,7 +10,7 @@ import torch
 from ranks import run_ranks
 
 from callbacks.memory_readings import category_bytes
-from mmrec.commandline.configs import config_layers, merge
+from mmrec.commandline.configs import config_layers, merge, shipped_config_folder
 from mmrec.commandline.memory_estimate import estimate
 from mmrec.commandline.memory_plan import advice, asked_by, plans
 
@@ -148,6 +148,27 @@ def test_the_command_refuses_in_one_line(cli) -> None:
     assert cli("configs", "--explain", "cpu_tiny", "--gpus", "0").error == "gpus: expected a whole number above 0, got 0"
     Path("bad.yaml").write_text("model: {network: {model_dimm: 3}}\n")
     assert cli("configs", "--explain", "bad.yaml").error.startswith("config bad.yaml: ")
+
+
+@pytest.mark.parametrize("command", [("configs",), ("configs", "--explain")])
+def test_an_overlay_is_no_network_of_the_default_sizes(command: tuple[str, ...], cli) -> None:
+    folder = shipped_config_folder()
+    overlays = [path.relative_to(folder).with_suffix("").as_posix() for path in sorted(folder.glob("*/*.yaml"))]
+    kinds = {name: name.partition("/")[0] for name in overlays}
+    assert set(kinds.values()) == {"ablation", "baselines", "recall"}
+    for name in overlays if command == ("configs",) else ("ablation/dpg", "ablation/uboo_last", "baselines/gla_35m", "recall/mqar"):
+        printed = cli(*command, name)
+        if kinds[name] == "recall":
+            assert printed.code == 0, printed.err
+        elif kinds[name] == "ablation":
+            assert printed.error.startswith(f"config {name} gives no model.network.model_dim or num_layers: it is an overlay")
+        else:
+            assert printed.error.startswith(f"config {name} is an overlay of a baseline, whose memory is not estimated; ")
+        assert "lambda_P" not in printed.err  # no word of a network of other sizes
+    Path("both.yaml").write_text("base: [study_35m, ablation/window_256]\n")  # as the line says
+    assert cli(*command, "both.yaml").code == 0
+    Path("bad.yaml").write_text("model: {network: {model_dimm: 3}}\n")
+    assert "unexpected keyword argument 'model_dimm'" in cli(*command, "bad.yaml").error
 
 
 def test_the_largest_config_fits_in_shards_where_it_does_not_whole() -> None:
