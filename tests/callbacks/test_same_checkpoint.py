@@ -15,10 +15,10 @@ from callbacks import RunCheckpoint, SameCheckpoint
 def gathering(monkeypatch: pytest.MonkeyPatch, others: list[str | None]) -> None:
     """Let the other ranks have found what is listed; None: what this one has."""
 
-    def gather(found: list[str], own: str) -> None:
-        found[:] = [own, *(own if other is None else other for other in others)]
+    def gathered(own: str) -> list[str]:
+        return [own, *(own if other is None else other for other in others)]
 
-    monkeypatch.setattr("torch.distributed.all_gather_object", gather)
+    monkeypatch.setattr("callbacks.same_checkpoint.gathered", gathered)
 
 
 THREE = SimpleNamespace(world_size=3)
