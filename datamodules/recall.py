@@ -51,10 +51,12 @@ class RecallDataModule(PackedDataModule):
 
     @property
     def vocab_size(self) -> int:
+        """Token ids are below it."""
         return self._vocab_size
 
     @property
     def validation_names(self) -> list[str]:
+        """Always one, `val`: sequences of `num_pairs` pairs."""
         return ["val"]
 
     def check(self) -> None:
@@ -75,9 +77,15 @@ class RecallDataModule(PackedDataModule):
             task.check()
 
     def prepare_data(self) -> None:
+        """Nothing to make: the settings are checked, as in `check`."""
         self.check()
 
     def setup(self, stage: str | None = None) -> None:
+        """Settle what each example is drawn from; once, for every stage.
+
+        Raises:
+            ValueError: as `check` does.
+        """
         if self._train is not None:
             return
         super().setup(stage)

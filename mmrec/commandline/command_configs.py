@@ -1,16 +1,14 @@
 """`configs`: the shipped configs, or given ones, with their parameters, memory and tokens; and how one is spread over GPUs."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mmrec.commandline.configs import config_layers, merge, shipped_configs
 from mmrec.commandline.errors import BadInputError
-from mmrec.commandline.memory_estimate import Estimate, check_sizes, estimate
+from mmrec.commandline.memory_estimate import Estimate, errors_of, estimate
 from mmrec.commandline.memory_plan import advice, asked_by, plans
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 
@@ -53,21 +51,9 @@ def run(arguments: Sequence[str]) -> None:
         _print_table(estimates, options.devices)
 
 
-@contextmanager
-def _naming(name: str, content: Mapping[str, Any]) -> Iterator[None]:
-    """Refuse an overlay, and say of which config an error within is."""
-    try:
-        check_sizes(name, content)
-        yield
-    except BadInputError:
-        raise
-    except (TypeError, AttributeError, ValueError) as error:  # a key that the network does not know, a group that is no mapping
-        raise BadInputError(f"config {name}: {error}") from error
-
-
 def _estimate(name: str, devices: int) -> Estimate:
     content = merge(config_layers(name))
-    with _naming(name, content):
+    with errors_of(name, content):
         return estimate(name, content, devices)
 
 
@@ -104,7 +90,7 @@ def _print_table(estimates: Sequence[Estimate], devices: int) -> None:
 
 def _explain(name: str, gpus: int, memory_gb: float, as_json: bool) -> None:
     content = merge(config_layers(name))
-    with _naming(name, content):
+    with errors_of(name, content):
         found, used = plans(name, content, gpus), asked_by(content, gpus).kind
     memory = memory_gb * 1e9
     taken = advice(found, used, memory)

@@ -10,11 +10,10 @@ from typing import Any
 from jsonargparse.typing import PositiveFloat, PositiveInt
 
 from mmrec.commandline.configs import config_layers, merge
-from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.machine_checks import Check, run_checks
 from mmrec.commandline.machine_facts import gather_facts
 from mmrec.commandline.machine_needs import Plan
-from mmrec.commandline.memory_estimate import estimate
+from mmrec.commandline.memory_estimate import errors_of, estimate
 from mmrec.commandline.parser import PROGRAM, OneLineErrors
 from mmrec.commandline.run_folder import RUNS, default_root
 
@@ -89,7 +88,7 @@ def plan_of(config: str | None, content: Mapping[str, Any], nodes: int | None = 
     """
     if config is None:
         return Plan(nodes=nodes or 1)
-    try:
+    with errors_of(config, content):
         needed = estimate(config, content)
         trainer = content.get("trainer") or {}
         return Plan(
@@ -100,8 +99,6 @@ def plan_of(config: str | None, content: Mapping[str, Any], nodes: int | None = 
             checkpoint=needed.checkpoint,
             nodes=nodes or int(trainer.get("num_nodes") or 1),
         )
-    except (TypeError, AttributeError, ValueError) as error:  # a key that the network does not know, a group that is no mapping
-        raise BadInputError(f"config {config}: {error}") from error
 
 
 def _run_folder(config: str | None, content: Mapping[str, Any]) -> Path:

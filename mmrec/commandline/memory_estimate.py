@@ -1,6 +1,7 @@
 """How much memory and how many tokens a config asks for, from its sizes alone; nothing is allocated."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -87,6 +88,18 @@ def estimate(name: str, content: Mapping[str, Any], devices: int = 1) -> Estimat
         tokens_per_step=tokens_per_step,
         tokens=steps * tokens_per_step if steps > 0 else None,
     )
+
+
+@contextmanager
+def errors_of(name: str, content: Mapping[str, Any]) -> Iterator[None]:
+    """Refuse an overlay, and say of which config an error within is."""
+    try:
+        check_sizes(name, content)
+        yield
+    except BadInputError:
+        raise
+    except (TypeError, AttributeError, ValueError) as error:  # a key that the network does not know, a group that is no mapping
+        raise BadInputError(f"config {name}: {error}") from error
 
 
 def check_sizes(name: str, content: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ import yaml
 
 from mmrec.commandline import command_doctor, machine_checks, machine_facts, machine_needs
 from mmrec.commandline.configs import config_layers, merge
+from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.machine_checks import Check, run_checks
 from mmrec.commandline.machine_facts import Compiler, Facts, Gpu
 from mmrec.commandline.machine_needs import Plan
@@ -320,7 +321,9 @@ def test_a_config_says_what_it_needs() -> None:
     small = command_doctor.plan_of("cpu_tiny", merge(config_layers("cpu_tiny")), nodes=3)
     assert (small.accelerator, small.nodes) == ("cpu", 3)
     assert small.checkpoint == 12 * small.parameters
-    assert command_doctor.plan_of("x", {"trainer": {"num_nodes": 4}}).nodes == 4
+    assert command_doctor.plan_of("x", {"model": {"network": {"model_dim": 64}}, "trainer": {"num_nodes": 4}}).nodes == 4
+    with pytest.raises(BadInputError, match=r"^config ablation/dpg gives no model\.network\.model_dim or num_layers: it is an overlay"):
+        command_doctor.plan_of("ablation/dpg", merge(config_layers("ablation/dpg")))
 
 
 def test_doctor_on_this_machine_exits_by_its_table(cli) -> None:
@@ -372,7 +375,7 @@ def test_doctor_refuses_bad_input_in_one_line(cli) -> None:
     assert cli("doctor", "--nodes", "0").code == 2
     assert cli("doctor", "--jso").error.startswith("unknown key jso; did you mean json?")
     for content in ("trainer: 3", "model: {network: {model_dimm: 3}}", "data: {init_args: {batch_size: many}}"):
-        Path("bad.yaml").write_text(content)
+        Path("bad.yaml").write_text(f"base: cpu_tiny\n{content}")
         assert cli("doctor", "--config", "bad.yaml").error.startswith("config bad.yaml: ")
 
 
