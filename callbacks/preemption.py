@@ -8,16 +8,20 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from callbacks.run_checkpoint import RunCheckpoint
 from callbacks.stop_agreement import StopAgreement
-from mmrec.stop_signals import keep_stop_signals, received_stop_signal, stop_signals_kept
+from mmrec.stop_signals import default_interrupt, keep_interrupt, keep_stop_signals, received_stop_signal, stop_signals_kept
+
+_TOLD = "\nCtrl-C: the run saves at the end of this step and leaves; once more to leave at once\n"
 
 
 class Preemption(Callback):
-    """On SIGTERM or SIGUSR1 at any rank, all ranks save a checkpoint after the same optimiser step, and `fit` returns.
+    """On SIGTERM, SIGUSR1 or Ctrl-C at any rank, all ranks save a checkpoint after the same optimiser step, and `fit` returns.
 
     The signal sets a flag (`mmrec.stop_signals`) and no more: a handler that does something does it in the midst of a collective or of
     a write. At the end of each batch the ranks exchange their flags, and read what they exchanged a batch before. The step then under way
     is finished, all its micro-batches. A validation under way is finished as well; one that is due after that very step still runs, behind
     the checkpoint, since no resumed run repeats it. A signal that comes before the first batch ends the run before that.
+
+    Ctrl-C counts from the first step to the last, and once: a second one interrupts, and nothing is saved then.
 
     Lightning's own handlers broadcast within the handler, which deadlocks where one rank is signalled, or two at different moments; and
     before every batch its loop broadcasts whether a signal came and waits for the GPU to say so. Both are switched off here.
@@ -60,6 +64,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the group; stop if a signal came while things were set up and validated for the first time."""
         self.started_at = self._step = trainer.global_step
+        keep_interrupt(_TOLD if trainer.is_global_zero else "")
         self._agreement = StopAgreement(getattr(trainer.strategy, "_timeout", None))  # as patient as the strategy
         self._agreed = self._agreement.now(received_stop_signal())
         if self._agreed:
@@ -89,8 +94,13 @@ class Preemption(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the exchange that is under way."""
+        default_interrupt()
         if self._agreement is not None:
             self._agreement.finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Leave Ctrl-C as it was."""
+        default_interrupt()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """After the strategy's teardown, which completes what is being written: a run that was stopped waits for all its ranks here."""

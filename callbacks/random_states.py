@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from mmrec.ranks import gathered
 
@@ -68,8 +67,13 @@ class RandomStates(Callback):
             return
         states = checkpoint.get(KEY)
         if states is None or len(states) != trainer.world_size:
-            found = "none" if states is None else f"those of {len(states)} processes"
-            rank_zero_warn(f"the checkpoint holds {found} of the random states needed for {trainer.world_size}; they start anew")
+            found = "no random states" if states is None else f"the random states of {len(states)} process(es)"
+            if trainer.is_global_zero:
+                print(
+                    f"the checkpoint holds {found}, this run has {trainer.world_size}: random numbers, as those that bf16 weights are "
+                    "rounded by, begin anew; that does no harm",
+                    flush=True,
+                )
             return
         self._to_restore = states[trainer.global_rank]
 

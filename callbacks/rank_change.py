@@ -4,7 +4,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-_ACCUMULATED = "accumulate_grad_batches"
+KEY = "accumulated_batches"  # in a checkpoint
 
 
 class RankChange(Callback):
@@ -18,9 +18,12 @@ class RankChange(Callback):
     the others' alone.
     """
 
+    def __init__(self) -> None:
+        self._told: str | None = None
+
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep how many micro-batches a step takes."""
-        checkpoint["callbacks"][self.state_key] = {_ACCUMULATED: trainer.accumulate_grad_batches}
+        checkpoint[KEY] = trainer.accumulate_grad_batches
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Change the counts in the checkpoint, which the loops read after this.
@@ -34,7 +37,7 @@ class RankChange(Callback):
         loaders = loop["state_dict"].get("combined_loader") or [{}]
         ranks = loaders[0].get("world_size", trainer.world_size)
         now = trainer.accumulate_grad_batches
-        then = checkpoint.get("callbacks", {}).get(self.state_key, {}).get(_ACCUMULATED, now)
+        then = checkpoint.get(KEY, now)
         progress = loop["epoch_loop.batch_progress"]
         before = progress["current"]["ready"]
         if before % then and not progress["is_last_batch"]:  # an epoch's last step may be of fewer
@@ -50,9 +53,21 @@ class RankChange(Callback):
         for counts in (progress["current"], progress["total"]):
             for name in counts:
                 counts[name] += shift
-        if trainer.is_global_zero:
-            were, are = (_described(*one) for one in ((ranks, then), (trainer.world_size, now)))
-            print(f"the checkpoint is of {were}, this run of {are}: the samples go on where they were", flush=True)
+        self._told = (
+            f"the checkpoint is of {_described(ranks, then)}, this run of {_described(trainer.world_size, now)}: "
+            "the samples go on where they were"
+        )
+        if ranks * then != trainer.world_size * now:
+            self._told += (
+                f". With the same data.batch_size a step reads {trainer.world_size * now / (ranks * then):g} times what it did: "
+                "trainer.accumulate_grad_batches and data.batch_size set that"
+            )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what has changed, now that the data has been taken up."""
+        if self._told is not None and trainer.is_global_zero:
+            print(self._told, flush=True)
+        self._told = None
 
 
 def _described(ranks: int, accumulated: int) -> str:

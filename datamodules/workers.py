@@ -45,8 +45,9 @@ class _Context(ForkServerContext):
 def worker_context() -> ForkServerContext:
     """The `multiprocessing_context` of every loader with workers; it starts the server, unless that is running.
 
-    A scheduler sends the signals by which it ends a job to every process of it, and the run has a step to finish. So they are blocked in
-    the server and whatever comes of it; a worker ends when it is told to, when the run does (`end_with_run`), or by SIGKILL.
+    A scheduler sends the signals by which it ends a job to every process of it, as a terminal does a Ctrl-C, and the run has a step to
+    finish. So they are blocked in the server and whatever comes of it; a worker ends when it is told to, when the run does
+    (`end_with_run`), or by SIGKILL.
     """
     forkserver.set_forkserver_preload(NEEDED)
     with _blocked_stop_signals():
@@ -74,7 +75,7 @@ def _end_with(run: BaseProcess) -> None:
 @contextlib.contextmanager
 def _blocked_stop_signals() -> Iterator[None]:
     """Processes that are started here inherit the mask. A signal that comes meanwhile is delivered at the end, or to another thread."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, signal.SIGINT))
     try:
         yield
     finally:

@@ -1,14 +1,17 @@
-"""SIGTERM and SIGUSR1, by which a scheduler asks a run to stop, kept as a flag until the run looks at it.
+"""SIGTERM and SIGUSR1, by which a scheduler asks a run to stop, and a first Ctrl-C, kept as a flag until the run looks at it.
 
 Imports nothing but the standard library, so that the flag is there before the libraries that take seconds to import.
 """
 
 import atexit
+import contextlib
+import os
 import signal
 import threading
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _received = 0  # of the process, as its handlers are
+_note_interrupt: object = None  # the handler of SIGINT that `keep_interrupt` set last
 
 
 def keep_stop_signals() -> None:
@@ -44,6 +47,34 @@ def default_stop_signals() -> None:
 def stop_signals_kept() -> bool:
     """Whether `keep_stop_signals` was called and holds."""
     return all(signal.getsignal(number) is _note for number in STOP_SIGNALS)
+
+
+def keep_interrupt(told: str) -> None:
+    """From now on a first Ctrl-C (SIGINT) sets the flag too; the one after it interrupts what is under way, as ever.
+
+    Where SIGINT does anything but interrupt (a shell lets programs in its background ignore it) that stays, as it does outside the main
+    thread.
+
+    Args:
+        told: what is written to the standard error when it comes; "" for nothing.
+    """
+
+    def note(number: int, frame: object) -> None:
+        _note(number, frame)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        with contextlib.suppress(OSError):
+            os.write(2, told.encode())  # not print: this may have come in the midst of one
+
+    global _note_interrupt
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        _note_interrupt = note
+        signal.signal(signal.SIGINT, note)
+
+
+def default_interrupt() -> None:
+    """From now on Ctrl-C interrupts what is under way, as if `keep_interrupt` had not been called."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _note_interrupt:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def received_stop_signal() -> int:

@@ -5,11 +5,20 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mmrec.stop_signals import STOP_SIGNALS, default_stop_signals, keep_stop_signals, received_stop_signal, stop_signals_kept
+from mmrec.stop_signals import (
+    STOP_SIGNALS,
+    default_interrupt,
+    default_stop_signals,
+    keep_interrupt,
+    keep_stop_signals,
+    received_stop_signal,
+    stop_signals_kept,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -38,6 +47,36 @@ def test_another_thread_changes_nothing() -> None:
     thread.start()
     thread.join()
     assert not stop_signals_kept()
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C interrupts, as it does in a program that a shell starts; the test's own process may ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_first_interrupt_is_a_flag(interruptible: None, capfd: pytest.CaptureFixture[str]) -> None:
+    keep_stop_signals()
+    keep_interrupt("once more\n")
+    os.kill(os.getpid(), signal.SIGINT)
+    assert received_stop_signal() == signal.SIGINT
+    assert capfd.readouterr().err == "once more\n"
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_an_interrupt_is_given_back_and_what_others_made_of_it_stays(interruptible: None) -> None:
+    keep_interrupt("")
+    default_interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    keep_interrupt("")
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    default_interrupt()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.mark.parametrize("late", [False, True], ids=["in time", "while Python shuts down"])

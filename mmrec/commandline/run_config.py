@@ -40,7 +40,8 @@ class SaveRunConfig(SaveConfigCallback):
             return
         folder = RunFolder(Path(trainer.default_root_dir))
         if self.earlier_files:
+            remark = "--ckpt_path last would have gone on with it" if folder.last_checkpoint.exists() else "it has no last checkpoint"
             aside = folder.set_aside(self.earlier_files)
-            print(f"moved the earlier run under {folder.root} to {aside} (--ckpt_path last would have gone on with it)", flush=True)
+            print(f"moved the earlier run under {folder.root} to {aside} ({remark})", flush=True)
         with replacing(folder.config) as temporary:
             self.parser.save(self.config, str(temporary), skip_unset=False, overwrite=True, multifile=False)

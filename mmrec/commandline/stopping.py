@@ -1,5 +1,6 @@
 """How `fit` leaves when a signal ended it: one line, Slurm's queue, an exit code that a scheduler understands."""
 
+import signal
 import subprocess
 import sys
 
@@ -11,7 +12,8 @@ from callbacks import Preemption
 from mmrec.commandline.slurm import RequeueError, requeue, slurm_job
 from mmrec.stop_signals import default_stop_signals
 
-STOPPED = 143  # exit code: 128 + SIGTERM, for either signal; the run is saved and not finished
+STOPPED = 143  # exit code: 128 + SIGTERM, for either of a scheduler's signals; the run is saved and not finished
+INTERRUPTED = 130  # exit code: 128 + SIGINT; saved as well
 NOT_REQUEUED = 1  # exit code
 _PATIENCE = 60  # seconds for processes that have nothing left to do
 
@@ -25,20 +27,21 @@ def leave_signals_to_children(trainer: Trainer) -> None:
 def leave_if_stopped(trainer: Trainer, preemption: Preemption) -> None:
     """Return where the run ended by itself. Else say where it can go on, ask Slurm for another start, and leave.
 
-    Exit codes: 143 where the run is saved and nobody was asked to start it again; 0 where Slurm was; 1 where it refused. One process tells
-    it for all those that it started itself, and rank 0 for all those that Slurm requeues; the others' code is 0, since a launcher takes
-    any other for a failure and kills the rest.
+    Exit codes: 143 where the run is saved and nobody was asked to start it again, 130 after a Ctrl-C, which asks nobody; 0 where Slurm was
+    asked; 1 where it refused. One process tells it for all those that it started itself, and rank 0 for all those that Slurm requeues; the
+    others' code is 0, since a launcher takes any other for a failure and kills the rest.
     """
     if preemption.stopped_by is None:
         return
-    job = slurm_job() if preemption.requeue else None
+    interrupted = preemption.stopped_by == signal.SIGINT
+    job = slurm_job() if preemption.requeue and not interrupted else None
     launched = isinstance(getattr(trainer.strategy, "cluster_environment", None), LightningEnvironment) and trainer.local_rank > 0
     if launched or (job is not None and not trainer.is_global_zero):
         raise SystemExit(0)
     if trainer.is_global_zero:
         print(_line(preemption), flush=True)
     _wait_for_children(trainer)
-    raise SystemExit(STOPPED if job is None else _requeue(job))
+    raise SystemExit(INTERRUPTED if interrupted else STOPPED if job is None else _requeue(job))
 
 
 def _line(preemption: Preemption) -> str:

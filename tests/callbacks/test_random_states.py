@@ -35,7 +35,7 @@ def test_states_survive_a_file(tmp_path: Path) -> None:
 
 
 def trainer(rank: int, world_size: int, fn: str = "fit") -> Any:
-    return SimpleNamespace(state=SimpleNamespace(fn=fn), global_rank=rank, world_size=world_size)
+    return SimpleNamespace(state=SimpleNamespace(fn=fn), global_rank=rank, is_global_zero=rank == 0, world_size=world_size)
 
 
 def test_every_rank_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,11 +64,12 @@ def test_every_rank_gets_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [{}, {KEY: [None]}])
-def test_states_that_do_not_fit_are_reported_and_left(checkpoint: dict[str, Any]) -> None:
+def test_states_that_do_not_fit_are_reported_and_left(checkpoint: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
     callback = RandomStates()
     before = torch.get_rng_state()
-    with pytest.warns(UserWarning, match="of the random states needed for 2; they start anew"):
-        callback.on_load_checkpoint(trainer(0, 2), None, checkpoint)
+    callback.on_load_checkpoint(trainer(0, 2), None, checkpoint)
+    (told,) = capsys.readouterr().out.splitlines()
+    assert ", this run has 2: random numbers, " in told
     callback.on_train_start(trainer(0, 2), None)
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -6,6 +6,7 @@ sanity, validation, saving or teardown.
 """
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -69,5 +70,6 @@ def slow_down() -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a test's process may ignore it, and what it starts would
     slow_down()
     main()

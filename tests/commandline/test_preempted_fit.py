@@ -92,6 +92,25 @@ def test_stopped_three_times_and_resumed_to_the_bit(tmp_path: Path, config: Path
     require_same(folder, uninterrupted)
 
 
+@pytest.mark.timeout(600)
+def test_ctrl_c_saves_and_a_second_one_interrupts(tmp_path: Path, config: Path) -> None:
+    """A terminal sends it to all processes of the run, the data workers too."""
+    folder = tmp_path / "run"
+    run = SlowRun(folder, config, *TWO_RANKS)
+    run.at_step(3)
+    stopped = run.send(signal.SIGINT, run.everybody())
+    require_stopped(stopped, signal.SIGINT, folder, code=130)
+    assert stopped.output.count("Ctrl-C: the run saves at the end of this step and leaves; once more to leave at once") == 1
+    assert "Traceback" not in stopped.output
+    again = SlowRun(folder, config, *TWO_RANKS, "--ckpt_path", "last", step_seconds=30.0)  # so that the second finds the first's step
+    processes = again.at_step(stopped.step + 1)
+    for process in processes:
+        os.kill(process, signal.SIGINT)
+    interrupted = again.send(signal.SIGINT, processes, 0.5)
+    assert interrupted.code not in (0, 130, 143)
+    assert interrupted.step == stopped.step
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(("number", "who", "skew"), CASES, ids=[f"{n.name}-{who}-{skew:g}s" for n, who, skew in CASES])
 def test_signals(

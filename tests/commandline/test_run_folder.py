@@ -165,6 +165,9 @@ def test_a_run_begun_anew_moves_the_earlier_one_aside(tiny_config: Path, cli) ->
     assert sorted(path.name for path in (earlier / "002").iterdir()) == ["checkpoints", "config.yaml", "tb"]
     assert len(list((root / "tb").glob("events.*"))) == 1
     assert "moved" not in cli("fit", "--config", str(tiny_config), *options, "--ckpt_path", "last").out
+    shutil.rmtree(root / "checkpoints")
+    again = cli("fit", "--config", str(tiny_config), *options, "--ckpt_path", "last").out
+    assert f"moved the earlier run under {root} to {earlier / '003'} (it has no last checkpoint)\n" in again
 
 
 def test_a_start_that_fails_moves_nothing(finished_run: Path, tiny_config: Path, cli) -> None:

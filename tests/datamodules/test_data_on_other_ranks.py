@@ -197,7 +197,7 @@ def test_a_checkpoint_from_within_a_step_is_refused(ready: int, steps: int, rank
     loop["epoch_loop.automatic_optimization.optim_progress"] = step
     trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.state.fn = "fit"  # type: ignore[assignment]
-    checkpoint = {"loops": {"fit_loop": loop}, "callbacks": {"RankChange": {"accumulate_grad_batches": 4}}}
+    checkpoint = {"loops": {"fit_loop": loop}, "accumulated_batches": 4}
     taken = ready - 4 * steps
     with pytest.raises(
         ValueError, match=rf"^cannot resume: .* within a step, after {taken} of its 4 micro-batches, .* \(--ckpt_path last\)"
