@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 
 _PREFIX = "mmrec/ranks"
 _VERDICT = f"{_PREFIX}/verdict"
+_HANG = f"{_PREFIX}/hang"
+_QUIET = 3  # intervals without a beat, by which a rank is the likelier cause of a hang than the one that waits for it
 EXIT_CODE = 1
 
 
@@ -28,7 +30,8 @@ class RankMonitor:
 
     Rank 0 looks at all beats, the others at rank 0's alone, so that a beat costs two or three small requests however many there are. The
     first to find a fault writes the verdict, which every rank reads, prints and follows: by `os._exit`, as a main thread that waits in a
-    collective hears nothing else. Where the store itself is gone, rank 0, whose process holds it, is.
+    collective hears nothing else. Where the store itself is gone, rank 0, whose process holds it, is. A rank that hangs tells rank 0, whose
+    verdict it is: a rank that has not beaten for three intervals is what the others wait for, and is named instead.
 
     Args:
         store: a client of its own, for a call in it locks it; requests must not wait longer than `dead_after`.
@@ -103,8 +106,8 @@ class RankMonitor:
     def _beat(self) -> Verdict | None:
         try:
             self._store.add(f"{_PREFIX}/beat/{self._rank}", 1)
-            self._look_for_hanging()
             self._look_for_dead(range(1, self._world_size) if self._rank == 0 else (0,))
+            self._look_for_hanging()
         except RuntimeError as error:  # torch's DistStoreError and DistNetworkError among them
             if self._rank == 0 or self._stopping.wait(self.interval):
                 return None  # all end, and the store with them
@@ -114,7 +117,16 @@ class RankMonitor:
     def _look_for_hanging(self) -> None:
         seconds = time.monotonic() - self._since
         if self.hang_after and seconds > self.hang_after:
-            self._propose(Verdict(self._rank, f"hangs: nothing new for {seconds:.0f} s since {self._what}", True))
+            hang = Verdict(self._rank, f"hangs: nothing new for {seconds:.0f} s since {self._what}", True)
+            self._store.compare_set(_HANG, "", json.dumps(hang))
+        if self._rank == 0 and self._store.check([_HANG]):
+            self._propose(self._quietest() or Verdict(*json.loads(self._store.get(_HANG))))
+
+    def _quietest(self) -> Verdict | None:
+        """As rank 0, the rank without a beat for the longest, if that is long; what the others wait for shows in their stacks."""
+        rank, (_, since) = min(self._seen.items(), key=lambda seen: seen[1][1])
+        seconds = time.monotonic() - since
+        return Verdict(rank, f"is dead: no sign of life for {seconds:.0f} s", True) if seconds >= _QUIET * self.interval else None
 
     def _look_for_dead(self, ranks: Any) -> None:
         now = time.monotonic()

@@ -1,11 +1,16 @@
 """RankWatch: of ranks that train together none goes on alone; the one that failed is named."""
 
+import atexit
 import math
 import os
+import subprocess
+import threading
+import time
 from datetime import timedelta
 from functools import partial
 from typing import Any
 
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -19,6 +24,7 @@ _ORDERLY = (KeyboardInterrupt, SystemExit, SIGTERMException)
 # What a collective says on a rank whose peer has gone.
 _OF_PEERS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out", "broken pipe")
 _WRITE_SECONDS = 20.0  # given to a checkpoint under way before the process ends: with the time to find a dead rank, less than a minute
+_CHILD_SECONDS = 10.0  # given to the ranks that this process has started to end by themselves, with what they have to say
 _LONGEST = 1000  # characters of an error that all ranks repeat
 
 
@@ -30,7 +36,8 @@ class RankWatch(Callback):
     happened for `hang_after_seconds` on a rank (no batch of training or validation, no checkpoint), all print their stacks and end: keep it
     below the strategy's own timeout (10 minutes with ours, 30 with Lightning's unless told otherwise), which would end the ranks without
     anyone's stacks, and above the longest that a compilation or a checkpoint takes. All end with exit code 1 but the one whose error it
-    was. It does nothing where one process trains.
+    was. A process that has started others on its machine, as Lightning's launcher does, gives them 10 s and kills those that are left,
+    stopped ones among them. It does nothing where one process trains.
     """
 
     def __init__(self, interval_seconds: float = 2.0, dead_after_seconds: float = 30.0, hang_after_seconds: float = 540.0) -> None:
@@ -125,6 +132,7 @@ class RankWatch(Callback):
             return
         if _is_of_peers(exception):
             self._monitor.wait_for_others()
+        atexit.register(lambda: _end_children(_children(trainer), _CHILD_SECONDS))  # after the traceback
         self._monitor.fail(f"{type(exception).__name__}: {' '.join(str(exception).split())}"[:_LONGEST])
 
     def _stop(self) -> None:
@@ -134,13 +142,34 @@ class RankWatch(Callback):
 
 
 def _leave(trainer: Trainer, code: int) -> None:
-    """End the process, after the checkpoint that a thread may be writing."""
+    """End the process, after the checkpoint that a thread may be writing, and its children."""
     try:
+        children, end = _children(trainer), time.monotonic() + _CHILD_SECONDS
         io = trainer.strategy.checkpoint_io
         if isinstance(io, BackgroundCheckpointIO):
             io.linger(_WRITE_SECONDS)
+        _end_children(children, end - time.monotonic())
     finally:
         os._exit(code)
+
+
+def _children(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
+    """The ranks that this process has started; Lightning's observer, which would kill this one as soon as one has ended, lets them go."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver):
+            thread._child_processes = []
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    return [process for process in started if isinstance(process, subprocess.Popen)]  # multiprocessing's end with their parent
+
+
+def _end_children(children: list[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Wait so long for the processes to end, and kill what is left."""
+    end = time.monotonic() + seconds
+    for process in children:
+        try:
+            process.wait(max(0.0, end - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def _is_of_peers(exception: BaseException) -> bool:

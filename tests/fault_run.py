@@ -33,8 +33,8 @@ class Fault(Callback):
     """Does `kind` on `rank` in the steps from `step` to before `until`, in their micro-batch `micro_batch`.
 
     `nan`: what the network reads of the batch is NaN, and so is the loss. `infinite`: the loss is infinite, its gradients are not.
-    `overflow`: one gradient is infinite. `spike`: the step's loss is taken to be 50 more. `raise`, `kill` (as kill −9), `sleep`: before the
-    batch.
+    `overflow`: one gradient is infinite. `spike`: the step's loss is taken to be 50 more. `raise`, `kill` (as kill −9), `stop` (as
+    kill −STOP), `sleep`: before the batch.
     """
 
     def __init__(self, kind: str, rank: int, step: int, until: int | None = None, micro_batch: int = 0) -> None:
@@ -70,6 +70,8 @@ class Fault(Callback):
             raise ValueError(f"no more tea on rank {self.rank}")
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
         if self.kind == "sleep":
             time.sleep(ENDLESS)
 

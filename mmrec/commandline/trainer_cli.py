@@ -46,6 +46,7 @@ from mmrec.commandline.errors import BadInputError
 from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.parse_errors import one_line
 from mmrec.commandline.parser import PROGRAM
+from mmrec.commandline.peer_wait import watch_peer_wait
 from mmrec.commandline.preflight import check_before_building, require_groups, require_values, validation_remark, watch_remark
 from mmrec.commandline.run_config import RunParser, SaveRunConfig
 from mmrec.commandline.run_facts import run_facts
@@ -295,6 +296,7 @@ class RunCLI(LightningCLI):
             if remark is not None:
                 say(f"warning: {remark}")
         leave_signals_to_children(self.trainer)
+        watch_peer_wait(self.trainer)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's list
             if isinstance(callback, SaveRunConfig) and self._checkpoint is None:
                 callback.earlier_files = self.folder.run_files()

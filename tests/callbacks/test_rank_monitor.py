@@ -94,6 +94,19 @@ def test_a_rank_that_makes_no_progress_hangs_and_all_are_to_show_their_stacks(cl
     assert beat(ranks) == [Verdict(1, "hangs: nothing new for 51 s since the gradients of step 7", True)] * 3
 
 
+@pytest.mark.parametrize("waits", [0, 2])
+def test_a_rank_that_hangs_since_another_is_silent_does_not_name_itself(waits: int, clock: Clock, left: list[int]) -> None:
+    ranks = monitors(left, dist.HashStore(), hang_after=9.0, interval=2.0)
+    beat(ranks)
+    beat(ranks)
+    living = [ranks[0], ranks[2]]
+    for _ in range(3):
+        ranks[2 - waits].progress("a batch")
+        clock.now += 4  # in the first, rank 0 sees rank 1's last
+        beat(living)
+    assert beat(living) == [Verdict(1, "is dead: no sign of life for 8 s", True)] * 2
+
+
 def test_zero_never_hangs(clock: Clock, left: list[int]) -> None:
     ranks = monitors(left, dist.HashStore(), hang_after=0.0)
     for _ in range(100):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -38,8 +39,11 @@ def run(folder: Path, faults: list[dict[str, Any]], watch: dict[str, Any] | None
             start_new_session=True,
         )
         code = process.wait(120)
-        while session(process.pid):  # the other rank, which is nobody's child once rank 0 has gone
-            assert time.monotonic() - begin < 120, "a rank is left over"
+        while left := session(process.pid):  # the other rank, which is nobody's child once rank 0 has gone
+            if time.monotonic() - begin > 120:
+                for rank in left:
+                    os.kill(rank, signal.SIGKILL)
+                pytest.fail("a rank is left over")
             time.sleep(0.1)
         errors.seek(0)
         return code, errors.read().decode(), time.monotonic() - begin
@@ -78,6 +82,22 @@ def test_a_hang_ends_by_timeout_with_the_stacks_of_both(tmp_path: Path) -> None:
     assert "in on_train_batch_start" in other
 
 
+def test_a_stopped_rank_is_named_by_the_one_that_waits_for_it_and_does_not_stay_behind(tmp_path: Path) -> None:
+    """It beats no more, but what the other finds first is that itself has come to nothing new."""
+    watch = {"interval_seconds": 0.5, "dead_after_seconds": 60.0, "hang_after_seconds": 15.0}
+    code, errors, _ = run(tmp_path, [{"kind": "stop", "rank": 1, "step": 3}], watch)
+    assert code == 1
+    first_line(errors, r"^rank 0 ends, since rank 1 is dead: no sign of life for \d+ s$")
+    assert "training_epoch_loop.py" in errors.partition("stacks of rank 0:\n")[2]
+
+
+def test_a_rank_that_fails_leaves_no_stopped_one_behind(tmp_path: Path) -> None:
+    faults = [{"kind": "stop", "rank": 1, "step": 3}, {"kind": "raise", "rank": 0, "step": 3}]
+    code, errors, _ = run(tmp_path, faults)
+    assert code == 1
+    first_line(errors, r"^rank 0 failed: ValueError: no more tea on rank 0$")
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("kind", ["raise", "kill"])
@@ -111,7 +131,7 @@ def test_a_process_ends_after_the_checkpoint_that_is_being_written(tmp_path: Pat
     io.save_checkpoint({"step": 1}, tmp_path / "a.ckpt")
     there: list[bool] = []
     monkeypatch.setattr(os, "_exit", lambda code: there.append((tmp_path / "a.ckpt").exists()))
-    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io))
+    trainer: Any = SimpleNamespace(strategy=SimpleNamespace(checkpoint_io=io, launcher=None))
     monkeypatch.setattr(rank_watch, "_WRITE_SECONDS", 0.01)
     rank_watch._leave(trainer, 1)
     monkeypatch.setattr(rank_watch, "_WRITE_SECONDS", 60.0)

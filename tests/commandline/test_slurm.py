@@ -1,7 +1,9 @@
 """How a stopped run asks Slurm for another start, and with which code it leaves; Slurm's programs are stood in for by scripts."""
 
 import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from callbacks import Preemption
 from mmrec.commandline.slurm import RequeueError, requeue, slurm_job
 from mmrec.commandline.stopping import leave_if_stopped
 
+SCRIPT = Path(__file__).parents[2] / "configs" / "slurm" / "fit.sbatch"
 TELL_JOBS = """
 while read -r number array index state; do
   case "${!#}" in *%A*) echo $number $array $index $state;; *) echo $state;; esac  # the last argument: a format
@@ -166,3 +169,39 @@ def test_a_refusal_ends_with_its_own_code(slurm: Any, capsys: pytest.CaptureFixt
     assert captured.err.startswith("error: Slurm did not put job 7 back into its queue: scontrol requeue 7: no; submit it again, or")
     assert len(captured.err.splitlines()) == 1
     assert "stopped by SIGTERM at step 5, saved to" in captured.out
+
+
+def run_script(folder: Path, **variables: str) -> list[str]:
+    """What fit.sbatch, with two nodes of two tasks, calls `srun` with: a line each."""
+    program, calls = folder / "bin" / "srun", folder / "srun_calls"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/bash\necho "$@" >> {calls}\n')
+    program.chmod(0o755)
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_CPUS_ON_NODE": "8", "SLURM_NODELIST": "n[1-2]"}
+    places = {"REPOSITORY": str(folder), "SLURM_SUBMIT_DIR": str(folder), "PATH": f"{program.parent}:{os.environ['PATH']}"}
+    arguments = ["bash", str(SCRIPT), "--model.learning_rate", "1e-4"]
+    subprocess.run(arguments, env=job | places | variables, cwd=folder, check=True, capture_output=True, timeout=60)
+    return calls.read_text().splitlines()
+
+
+def test_the_script_checks_each_node_and_then_trains(tmp_path: Path) -> None:
+    *checks, last = run_script(tmp_path, CONFIG="mine.yaml")
+    assert [check.count(" doctor --") for check in checks] == [1, 1]
+    assert " .venv/bin/python -m mmrec.cli fit --config mine.yaml --ckpt_path last --trainer.default_root_dir runs/mine " in last
+    assert last.endswith(" --trainer.num_nodes 2 --trainer.devices 2 --model.learning_rate 1e-4")
+
+
+def test_the_script_runs_in_a_container_and_an_array_in_folders(tmp_path: Path) -> None:
+    calls = run_script(tmp_path, PYTHON="/opt/in_container.sh", SLURM_ARRAY_TASK_ID="3")
+    assert len(calls) == 3
+    assert all("/opt/in_container.sh" in call and ".venv" not in call for call in calls)
+    assert "--trainer.default_root_dir runs/a100_7b/3 " in calls[-1]
+
+
+@pytest.mark.parametrize("option", ["time", "partition", "account", "mem"])
+def test_the_script_names_what_a_cluster_may_ask_for(option: str) -> None:
+    """In a comment that one # less makes an option; nothing of it holds as it is."""
+    text = SCRIPT.read_text()
+    before_code = text.partition("\nset -euo pipefail")[0]
+    assert re.search(rf"^##SBATCH --{option}=", before_code, re.MULTILINE)
+    assert not re.search(rf"^#SBATCH --{option}\b", text, re.MULTILINE)
