@@ -128,6 +128,17 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
         require_writable(tmp_path / "x", "output")
 
 
+def test_a_write_that_breaks_off_says_of_what(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"\[Errno 28\]") as broken, replacing(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert broken.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="other") as broken, replacing(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device", "other")
+    assert broken.value.filename == "other"
+    with pytest.raises(OSError, match=r"^a sentence$"), replacing(tmp_path / "a"):
+        raise OSError("a sentence")
+
+
 @pytest.mark.parametrize("mmap", [False, True])
 def test_a_checkpoint_is_read(tmp_path: Path, mmap: bool) -> None:
     torch.save({"weights": torch.arange(5), "step": 3}, tmp_path / "a.ckpt")
