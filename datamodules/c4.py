@@ -11,13 +11,12 @@ from datamodules.documents import probe_files, resolve_files
 from datamodules.fingerprint import corpus_fingerprint, fingerprint_of
 from datamodules.packing import PackedBatches, StreamOptions
 from datamodules.prepare import require_disjoint, validation_sources
-from datamodules.sample import DEFAULT_VOCAB_SIZE, ensure_sample, sample_folder
+from datamodules.sample import DEFAULT_VOCAB_SIZE, ensure_sample, require_sample_or_place, sample_folder
 from datamodules.text_source import HubShards, LocalShards, TextShards
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 from datamodules.tokens import TokenWindows, load_manifest
 from datamodules.validation_text import validation_windows
 from datamodules.windows import EndlessBatches
-from mmrec.files import require_writable
 
 _ONLY = "val"
 _NEEDED = {"sample": [], "hub": ["tokenizer"], "local": ["tokenizer", "train_files"], "tokens": ["tokens_dir"]}
@@ -95,12 +94,13 @@ class C4DataModule(PackedDataModule):
         """Refuse bad settings and files before anything is built or written.
 
         Raises:
-            ValueError, FileNotFoundError, PermissionError, NotADirectoryError: one line, naming the thing and the remedy.
+            ValueError, OSError: one line, naming the thing and the remedy.
         """
         self._check_common(self.seq_len)
         self._check_arguments()
         if self.source == "sample":
-            require_writable(self._cache, "cache folder of the built-in sample")
+            if self.cache_dir is not None or self.trainer is not None:  # else the folder is known once there is a Trainer
+                require_sample_or_place(self._cache, self.vocab_size)
         elif self.source == "tokens":
             total = sum(int(shard["tokens"]) for shard in self._manifest()["splits"].get("train", {"shards": []})["shards"])
             if total <= self.seq_len:

@@ -91,15 +91,16 @@ def require_writable(folder: str | os.PathLike[str], name: str) -> None:
 
     Raises:
         NotADirectoryError: a file stands in the way.
-        PermissionError: no right to write there.
-        OSError: it cannot be written for another reason (a read-only file system, a full disk).
+        PermissionError: no right to write there, or a read-only file system.
+        OSError: it cannot be written for another reason (a full disk).
     """
     place = next(parent for parent in (Path(folder), *Path(folder).absolute().parents) if parent.exists())
     fault = f"{name} {folder} cannot be written"
     if not place.is_dir():
         raise NotADirectoryError(f"{fault}: {place} is a file; choose another folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{fault}: no permission in {place}; choose another folder")
+        why = "read-only file system" if os.statvfs(place).f_flag & os.ST_RDONLY else f"no permission in {place}"
+        raise PermissionError(f"{fault}: {why}; choose another folder")
     try:  # permission bits do not tell all
         with TemporaryDirectory(dir=place, prefix=".mmrec-"):
             pass

@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,6 +126,9 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
     # Permissions do not bind root, under whom tests may run: the system's answer is what is replaced.
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK))
     with pytest.raises(PermissionError, match=rf"^output {tmp_path}/x cannot be written: no permission in {tmp_path}; choose another"):
+        require_writable(tmp_path / "x", "output")
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(PermissionError, match=rf"^output {tmp_path}/x cannot be written: read-only file system; choose another folder$"):
         require_writable(tmp_path / "x", "output")
 
 

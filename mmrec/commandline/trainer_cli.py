@@ -52,6 +52,7 @@ from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.commandline.stopping import leave_if_stopped, leave_signals_to_children
 from mmrec.commandline.trainer_checks import with_options
+from mmrec.files import require_writable
 
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
 CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
@@ -205,6 +206,8 @@ class RunCLI(LightningCLI):
             if not fitting:
                 say(f"reading {self._checkpoint}")
         check_before_building(config, self._checkpoint, fitting)
+        if self.config["subcommand"] == "predict":
+            require_writable(self.folder.root, "trainer.default_root_dir")
         if fitting:
             self.folder.require_writable()
             if ckpt_path is not None and self._checkpoint is None:
