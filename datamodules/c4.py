@@ -48,7 +48,8 @@ class C4DataModule(PackedDataModule):
         shuffle: seeded shuffling of the training data: of windows (sample, tokens), or of shards and within blocks of documents.
         shuffle_block: documents that are shuffled together; hub and local.
         validation_fraction: see `validation_files`; local.
-        validation_batches: batches a rank and validation source; None: all.
+        validation_batches: of each validation source the batches that each rank reads, so that W ranks score W times as many sequences, and
+            `val/loss` of 1 rank and of 2 are of other text; None: all.
         max_bad_line_share: share of lines that may be skipped (no JSON, no text, no UTF-8, empty) before an error.
         hub_dataset, hub_config, hub_split, hub_validation_split, hub_revision: what to load from the hub.
         cache_dir: where the built-in sample is kept; default `<trainer.default_root_dir>/data`.
