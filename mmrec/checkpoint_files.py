@@ -107,7 +107,7 @@ def newest_readable(folder: Path) -> Choice:
     if not candidates:
         return Choice(None, [], "")
     best = first_whole(folder, damaged)
-    other = f"{best} is whole, give it as --ckpt_path" if best else "give one of another folder as --ckpt_path"
+    other = f"give --ckpt_path {best}, which is whole" if best else "give one of another folder as --ckpt_path"
     raise DamagedCheckpointError(f"no checkpoint under {folder} can be read: {'; '.join(faults)}; {other}, or leave it out to begin anew")
 
 
@@ -139,10 +139,9 @@ def require_whole(path: Path, folder: Path) -> None:
         read_checkpoint(path, mmap=True)
     except DamagedCheckpointError as error:
         fault = str(error).partition(";")[0]
-        other = first_whole(path.parent, [path])
+        other = first_whole(path.parent, [path]) or first_whole(folder, [path])
         if other is None:
-            raise DamagedCheckpointError(f"{fault}; none beside it is whole, give one of another folder as --ckpt_path") from error
-        newest = path.parent.samefile(folder) if folder.is_dir() else False
-        if newest and other in (folder / LAST, *copies(folder)):
+            raise DamagedCheckpointError(f"{fault}; give one of another folder as --ckpt_path, none beside it is whole") from error
+        if other in (folder / LAST, *copies(folder)):
             raise DamagedCheckpointError(f"{fault}; give --ckpt_path last, which takes {other}") from error
-        raise DamagedCheckpointError(f"{fault}; {other} is whole, give it as --ckpt_path") from error
+        raise DamagedCheckpointError(f"{fault}; give --ckpt_path {other}, which is whole") from error

@@ -101,7 +101,7 @@ def test_where_none_is_whole_that_is_said_and_nothing_begun_anew(three: list[Pat
     with pytest.raises(DamagedCheckpointError) as error:
         newest_readable(tmp_path)
     assert str(error.value).startswith(f"no checkpoint under {tmp_path} can be read: checkpoint {tmp_path / LAST} is damaged")
-    assert str(error.value).endswith(f"; {tmp_path / BEST} is whole, give it as --ckpt_path, or leave it out to begin anew")
+    assert str(error.value).endswith(f"; give --ckpt_path {tmp_path / BEST}, which is whole, or leave it out to begin anew")
     assert "\n" not in str(error.value)
     truncate(tmp_path / BEST)
     with pytest.raises(
@@ -119,7 +119,7 @@ def test_one_that_was_named_and_is_damaged_names_a_whole_one(three: list[Path], 
     for damaged, remedy in (
         ([], f"give --ckpt_path last, which takes {tmp_path / LAST}"),
         ([three[0]], f"give --ckpt_path last, which takes {three[1]}"),  # its link last.ckpt is damaged as well
-        ([three[1], three[2]], "none beside it is whole, give one of another folder as --ckpt_path"),
+        ([three[1], three[2]], "give one of another folder as --ckpt_path, none beside it is whole"),
     ):
         for path in damaged:
             truncate(path)
@@ -130,8 +130,13 @@ def test_one_that_was_named_and_is_damaged_names_a_whole_one(three: list[Path], 
         assert said == remedy
     shutil.copyfile(write(tmp_path / "elsewhere", 3), tmp_path / "elsewhere" / BEST)
     truncate(tmp_path / "elsewhere" / BEST)
-    with pytest.raises(DamagedCheckpointError, match=rf"; {tmp_path}/elsewhere/last\.ckpt is whole, give it as --ckpt_path$"):
+    with pytest.raises(DamagedCheckpointError, match=rf"; give --ckpt_path {tmp_path}/elsewhere/last\.ckpt, which is whole$"):
         require_whole(tmp_path / "elsewhere" / BEST, tmp_path)
+    write(tmp_path, 8)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "x.ckpt").touch()
+    with pytest.raises(DamagedCheckpointError, match=rf"; give --ckpt_path last, which takes {tmp_path}/last\.ckpt$"):
+        require_whole(tmp_path / "alone" / "x.ckpt", tmp_path)
 
 
 def test_one_that_would_run_code_is_not_passed_over(three: list[Path], tmp_path: Path) -> None:

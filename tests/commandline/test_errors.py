@@ -120,6 +120,14 @@ def test_a_text_that_is_not_recognised_is_joined_to_one_line() -> None:
     assert "\n" not in one_line(nested)
 
 
+def test_a_number_below_its_bound_is_answered_in_words(cli) -> None:
+    for value in ("-3", "0"):
+        error = cli("configs", "--explain", "cpu_tiny", "--gpu-memory", value).error
+        assert error == f"gpu_memory: expected a number of GB above 0, got {value}"
+    assert cli("doctor", "--distributed", "--min_bus_bandwidth", "-1").error.endswith("expected a number of GB/s above 0, got -1")
+    assert one_line('Parser key "a":\n  Not of type NonNegativeFloat: -2 does not conform') == "a: expected a number from 0, got -2"
+
+
 def test_the_nearest_name() -> None:
     names = ["learning_rate", "eps", "betas", "warmup_steps"]
     assert nearest_name("lr", names) == "learning_rate"
