@@ -11,13 +11,12 @@ from datamodules.documents import probe_files, resolve_files
 from datamodules.fingerprint import corpus_fingerprint, fingerprint_of
 from datamodules.packing import PackedBatches, StreamOptions
 from datamodules.prepare import require_disjoint, validation_sources
-from datamodules.sample import DEFAULT_VOCAB_SIZE, ensure_sample, sample_folder
+from datamodules.sample import DEFAULT_VOCAB_SIZE, ensure_sample, require_sample_or_place, sample_folder
 from datamodules.text_source import HubShards, LocalShards, TextShards
 from datamodules.tokenizer import Tokenizer, load_tokenizer
 from datamodules.tokens import TokenWindows, load_manifest
 from datamodules.validation_text import validation_windows
 from datamodules.windows import EndlessBatches
-from mmrec.files import require_writable
 
 _ONLY = "val"
 _NEEDED = {"sample": [], "hub": ["tokenizer"], "local": ["tokenizer", "train_files"], "tokens": ["tokens_dir"]}
@@ -49,7 +48,8 @@ class C4DataModule(PackedDataModule):
         shuffle: seeded shuffling of the training data: of windows (sample, tokens), or of shards and within blocks of documents.
         shuffle_block: documents that are shuffled together; hub and local.
         validation_fraction: see `validation_files`; local.
-        validation_batches: batches a rank and validation source; None: all.
+        validation_batches: of each validation source the batches that each rank reads, so that W ranks score W times as many sequences, and
+            `val/loss` of 1 rank and of 2 are of other text; None: all.
         max_bad_line_share: share of lines that may be skipped (no JSON, no text, no UTF-8, empty) before an error.
         hub_dataset, hub_config, hub_split, hub_validation_split, hub_revision: what to load from the hub.
         cache_dir: where the built-in sample is kept; default `<trainer.default_root_dir>/data`.
@@ -95,12 +95,13 @@ class C4DataModule(PackedDataModule):
         """Refuse bad settings and files before anything is built or written.
 
         Raises:
-            ValueError, FileNotFoundError, PermissionError, NotADirectoryError: one line, naming the thing and the remedy.
+            ValueError, OSError: one line, naming the thing and the remedy.
         """
         self._check_common(self.seq_len)
         self._check_arguments()
         if self.source == "sample":
-            require_writable(self._cache, "cache folder of the built-in sample")
+            if self.cache_dir is not None or self.trainer is not None:  # else the folder is known once there is a Trainer
+                require_sample_or_place(self._cache, self.vocab_size)
         elif self.source == "tokens":
             total = sum(int(shard["tokens"]) for shard in self._manifest()["splits"].get("train", {"shards": []})["shards"])
             if total <= self.seq_len:

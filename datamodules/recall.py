@@ -25,7 +25,7 @@ class RecallDataModule(PackedDataModule):
         train_examples: number of different training examples.
         validation_examples: number of validation examples, drawn from another stream of random numbers.
         shuffle: a new order every epoch.
-        validation_batches: validation batches a rank; None: all.
+        validation_batches: validation batches that each rank reads, so that W ranks score W times as many sequences; None: all.
     """
 
     def __init__(

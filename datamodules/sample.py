@@ -34,6 +34,12 @@ def sample_folder(cache: str | Path, vocab_size: int) -> Path:
     return Path(cache) / f"sample-{vocab_size}-{sample_fingerprint(vocab_size)[:12]}"
 
 
+def require_sample_or_place(cache: str | Path, vocab_size: int) -> None:
+    """Raise a one-line OSError, as `require_writable` does, where the sample is yet to be made and cannot be written."""
+    if not (sample_folder(cache, vocab_size) / "tokens" / MANIFEST).is_file():
+        require_writable(cache, "the built-in text's folder (data.cache_dir)")
+
+
 def ensure_sample(cache: str | Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Path:
     """Make the sample unless it is there, and return its tokens folder.
 
@@ -41,7 +47,7 @@ def ensure_sample(cache: str | Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Pa
 
     Raises:
         ValueError: the sample's text cannot fill `vocab_size`, or the cached sample is damaged.
-        PermissionError, NotADirectoryError: the cache folder cannot be written.
+        OSError: the sample is to be made and the cache folder cannot be written.
     """
     target = sample_folder(cache, vocab_size)
     tokens = target / "tokens"
@@ -51,7 +57,7 @@ def ensure_sample(cache: str | Path, vocab_size: int = DEFAULT_VOCAB_SIZE) -> Pa
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(f"the cached sample is damaged: delete the folder {target} and start again ({error})") from error
         return tokens
-    require_writable(cache, "cache folder of the built-in sample")
+    require_sample_or_place(cache, vocab_size)
     Path(cache).mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=cache))
     try:

@@ -106,6 +106,42 @@ def newest_readable(folder: Path) -> Choice:
             return Choice(path, damaged, remark)
     if not candidates:
         return Choice(None, [], "")
-    best = folder / BEST
-    other = f"; give another one as --ckpt_path{f', as {best},' if best.is_file() else ''} or leave it out to begin anew"
-    raise DamagedCheckpointError(f"no checkpoint under {folder} can be read: {'; '.join(faults)}{other}")
+    best = first_whole(folder, damaged)
+    other = f"give --ckpt_path {best}, which is whole" if best else "give one of another folder as --ckpt_path"
+    raise DamagedCheckpointError(f"no checkpoint under {folder} can be read: {'; '.join(faults)}; {other}, or leave it out to begin anew")
+
+
+def first_whole(folder: Path, damaged: Sequence[Path]) -> Path | None:
+    """The first of `last.ckpt`, the copies from the newest on, and the best, every byte of which has been read; None where none is whole.
+
+    Args:
+        folder: of checkpoints.
+        damaged: files that are known not to be whole, under whatever names.
+    """
+    for path in (folder / LAST, *copies(folder), folder / BEST, *(best.path for best in best_copies(folder))):
+        try:
+            if not any(path.samefile(other) for other in damaged if other.exists()):
+                read_checkpoint(path, mmap=True)
+                return path
+        except (OSError, ValueError):  # gone, damaged, of another kind, or not to be read by this user
+            continue
+    return None
+
+
+def require_whole(path: Path, folder: Path) -> None:
+    """Raise DamagedCheckpointError, which names a whole one where one lies beside it, unless every byte of `path` can be gone on from.
+
+    Args:
+        path: a checkpoint that was chosen by name.
+        folder: the run's checkpoints, of which `--ckpt_path last` takes one.
+    """
+    try:
+        read_checkpoint(path, mmap=True)
+    except DamagedCheckpointError as error:
+        fault = str(error).partition(";")[0]
+        other = first_whole(path.parent, [path]) or first_whole(folder, [path])
+        if other is None:
+            raise DamagedCheckpointError(f"{fault}; give one of another folder as --ckpt_path, none beside it is whole") from error
+        if other in (folder / LAST, *copies(folder)):
+            raise DamagedCheckpointError(f"{fault}; give --ckpt_path last, which takes {other}") from error
+        raise DamagedCheckpointError(f"{fault}; give --ckpt_path {other}, which is whole") from error

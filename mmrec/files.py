@@ -40,7 +40,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path` to write; at the end flush it to the disk and rename it to `path` in one step.
 
     A kill at any moment leaves the old file or the new; after an error nothing of the new one stays. Of two writers the last wins whole.
-    The folder is made where there is none.
+    The folder is made where there is none. An OSError that names no file names `path`.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -50,6 +50,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, target)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # a write that a full disk breaks off does not say of what
+            error.filename = str(target)
+        raise
     finally:
         # Also where all went well: renaming onto a hard link of the same file does nothing, and leaves the temporary name.
         with contextlib.suppress(OSError):
@@ -87,15 +91,16 @@ def require_writable(folder: str | os.PathLike[str], name: str) -> None:
 
     Raises:
         NotADirectoryError: a file stands in the way.
-        PermissionError: no right to write there.
-        OSError: it cannot be written for another reason (a read-only file system, a full disk).
+        PermissionError: no right to write there, or a read-only file system.
+        OSError: it cannot be written for another reason (a full disk).
     """
     place = next(parent for parent in (Path(folder), *Path(folder).absolute().parents) if parent.exists())
     fault = f"{name} {folder} cannot be written"
     if not place.is_dir():
         raise NotADirectoryError(f"{fault}: {place} is a file; choose another folder")
     if not os.access(place, os.W_OK | os.X_OK):
-        raise PermissionError(f"{fault}: no permission in {place}; choose another folder")
+        why = "read-only file system" if os.statvfs(place).f_flag & os.ST_RDONLY else f"no permission in {place}"
+        raise PermissionError(f"{fault}: {why}; choose another folder")
     try:  # permission bits do not tell all
         with TemporaryDirectory(dir=place, prefix=".mmrec-"):
             pass

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmrec.checkpoint_files import BEST, LAST, best_copies, best_name, copies, copy_name, newest_readable
+from mmrec.checkpoint_files import BEST, LAST, best_copies, best_name, copies, copy_name, newest_readable, require_whole
 from mmrec.files import DamagedCheckpointError
 
 
 def write(folder: Path, step: int, seconds: int | None = None) -> Path:
     """A checkpoint of a step, written `seconds` (default: as many as steps) after another time; `last.ckpt` is a link to it."""
+    folder.mkdir(exist_ok=True)
     path = folder / copy_name(step, 1.0)
     torch.save({"global_step": step, "weights": torch.full((1000,), float(step))}, path)
     os.utime(path, (1e9 + (step if seconds is None else seconds),) * 2)
@@ -100,8 +101,42 @@ def test_where_none_is_whole_that_is_said_and_nothing_begun_anew(three: list[Pat
     with pytest.raises(DamagedCheckpointError) as error:
         newest_readable(tmp_path)
     assert str(error.value).startswith(f"no checkpoint under {tmp_path} can be read: checkpoint {tmp_path / LAST} is damaged")
-    assert f"give another one as --ckpt_path, as {tmp_path / BEST}, or leave it out to begin anew" in str(error.value)
+    assert str(error.value).endswith(f"; give --ckpt_path {tmp_path / BEST}, which is whole, or leave it out to begin anew")
     assert "\n" not in str(error.value)
+    truncate(tmp_path / BEST)
+    with pytest.raises(
+        DamagedCheckpointError, match=r"; give one of another folder as --ckpt_path, or leave it out to begin anew$"
+    ) as error:
+        newest_readable(tmp_path)
+    assert BEST not in str(error.value)
+
+
+def test_one_that_was_named_and_is_damaged_names_a_whole_one(three: list[Path], tmp_path: Path) -> None:
+    best = tmp_path / BEST
+    shutil.copyfile(three[2], best)
+    require_whole(best, tmp_path)
+    truncate(best)
+    for damaged, remedy in (
+        ([], f"give --ckpt_path last, which takes {tmp_path / LAST}"),
+        ([three[0]], f"give --ckpt_path last, which takes {three[1]}"),  # its link last.ckpt is damaged as well
+        ([three[1], three[2]], "give one of another folder as --ckpt_path, none beside it is whole"),
+    ):
+        for path in damaged:
+            truncate(path)
+        with pytest.raises(DamagedCheckpointError) as error:
+            require_whole(best, tmp_path)
+        fault, _, said = str(error.value).partition("; ")
+        assert fault.startswith(f"checkpoint {best} is damaged or no checkpoint (")
+        assert said == remedy
+    shutil.copyfile(write(tmp_path / "elsewhere", 3), tmp_path / "elsewhere" / BEST)
+    truncate(tmp_path / "elsewhere" / BEST)
+    with pytest.raises(DamagedCheckpointError, match=rf"; give --ckpt_path {tmp_path}/elsewhere/last\.ckpt, which is whole$"):
+        require_whole(tmp_path / "elsewhere" / BEST, tmp_path)
+    write(tmp_path, 8)
+    (tmp_path / "alone").mkdir()
+    (tmp_path / "alone" / "x.ckpt").touch()
+    with pytest.raises(DamagedCheckpointError, match=rf"; give --ckpt_path last, which takes {tmp_path}/last\.ckpt$"):
+        require_whole(tmp_path / "alone" / "x.ckpt", tmp_path)
 
 
 def test_one_that_would_run_code_is_not_passed_over(three: list[Path], tmp_path: Path) -> None:

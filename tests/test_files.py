@@ -5,6 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,6 +127,20 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK))
     with pytest.raises(PermissionError, match=rf"^output {tmp_path}/x cannot be written: no permission in {tmp_path}; choose another"):
         require_writable(tmp_path / "x", "output")
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    with pytest.raises(PermissionError, match=rf"^output {tmp_path}/x cannot be written: read-only file system; choose another folder$"):
+        require_writable(tmp_path / "x", "output")
+
+
+def test_a_write_that_breaks_off_says_of_what(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"\[Errno 28\]") as broken, replacing(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert broken.value.filename == str(tmp_path / "a")
+    with pytest.raises(OSError, match="other") as broken, replacing(tmp_path / "a"):
+        raise OSError(errno.ENOSPC, "No space left on device", "other")
+    assert broken.value.filename == "other"
+    with pytest.raises(OSError, match=r"^a sentence$"), replacing(tmp_path / "a"):
+        raise OSError("a sentence")
 
 
 @pytest.mark.parametrize("mmap", [False, True])

@@ -97,6 +97,8 @@ def plan_of(config: str | None, content: Mapping[str, Any], nodes: int | None = 
             parameters=needed.parameters,
             memory=needed.total,
             checkpoint=needed.checkpoint,
+            newest_kept=Plan.newest_kept if (kept := content.get("checkpoint_keep")) is None else int(kept),
+            best_kept=bool(content.get("checkpoint_best", Plan.best_kept)),
             nodes=nodes or int(trainer.get("num_nodes") or 1),
         )
 

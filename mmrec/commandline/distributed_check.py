@@ -118,10 +118,17 @@ def faults(reports: list[RankReport], minimum: float | None) -> list[str]:
 
 
 def lines(reports: list[RankReport]) -> list[str]:
-    """The reports as text, one rank a line."""
+    """The reports as text, one rank a line; of one rank alone also that it has tested nothing."""
     width = max(len(report.host) for report in reports)
-    return [
+    alone = len(reports) == 1
+    found = [
         f"rank {report.rank:3d}  {report.host:{width}}  {report.device}  sum {'wrong' if report.wrong else 'right'}"
-        f"  bus bandwidth {report.bus_bandwidth:.2f} GB/s"
+        + ("" if alone else f"  bus bandwidth {report.bus_bandwidth:.2f} GB/s")
         for report in reports
     ]
+    if alone:
+        found.append(
+            "nothing was tested: one process sends nothing to another; give --processes N for several on this machine, or start doctor "
+            "by srun or torchrun for several machines"
+        )
+    return found

@@ -3,6 +3,7 @@
 With MMREC_TRACEBACK=1 in the environment the traceback of any error is printed as well.
 """
 
+import errno
 import os
 import re
 import sys
@@ -16,7 +17,14 @@ from mmrec.commandline.parse_errors import one_line
 
 OUR_PACKAGES = ("mmrec", "lightning_modules", "datamodules", "callbacks")
 BAD_INPUT = 2  # exit code
+_ELSEWHERE = "choose another folder (trainer.default_root_dir, data.cache_dir, --output; TMPDIR is that of temporary files)"
+_DISK_REMEDIES = {  # faults of a disk, which whatever writes may meet
+    errno.ENOSPC: f"free some space (df shows which disk is full), or {_ELSEWHERE}",
+    errno.EDQUOT: f"delete files of yours, ask for a larger quota, or {_ELSEWHERE}",
+    errno.EROFS: _ELSEWHERE,
+}
 TRACEBACK_VARIABLE = "MMREC_TRACEBACK"
+_ERROR_NUMBER = re.compile(r"\(os error (\d+)\)\s*$|^(?:OSError: )?\[Errno (\d+)\][^\n]*\s*\Z", re.MULTILINE)
 
 
 class BadInputError(ValueError):
@@ -50,11 +58,14 @@ def one_line_errors() -> Iterator[None]:
 def bad_input_message(error: Exception) -> str | None:
     """The line for an exception that bad input caused, None for any other.
 
-    Bad input is a ValueError or an OSError whose innermost frame lies in our packages, an OSError that names a file, what Lightning
-    calls a misconfiguration, and a package that it says is missing. A ValueError out of torch or another library is a bug and is not.
+    Bad input is a ValueError or an OSError whose innermost frame lies in our packages, an OSError that names a file, a disk that is full or
+    read-only wherever that is found out, what Lightning calls a misconfiguration, and a package that it says is missing. A ValueError out
+    of torch or another library is a bug and is not.
     """
     if isinstance(error, BadInputError) or type(error).__name__ == "MisconfigurationException":
         return one_line(str(error))
+    if (fault := _disk_fault(error)) is not None:
+        return fault
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {(error.strerror or type(error).__name__).lower()}"
     if isinstance(error, ModuleNotFoundError) and error.name is None:  # raised by hand: what was asked for needs a further package
@@ -63,8 +74,23 @@ def bad_input_message(error: Exception) -> str | None:
         return None
     if str(error).startswith("Caught ") and "DataLoader worker process" in str(error):
         return _worker_message(str(error))
+    return str(error) if _raised_by_us(error) else None
+
+
+def _disk_fault(error: Exception) -> str | None:
+    """The line for a disk that is full or read-only. Python's errors hold the number, Rust's and a data worker's have it in their text."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number is None and not _raised_by_us(error) and (found := _ERROR_NUMBER.search(str(error))):
+        number = int(found[1] or found[2])
+    if number not in _DISK_REMEDIES:
+        return None
+    filename = error.filename if isinstance(error, OSError) else None
+    return f"{f'{filename}: ' if filename is not None else ''}{os.strerror(number).lower()}; {_DISK_REMEDIES[number]}"
+
+
+def _raised_by_us(error: Exception) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return str(error) if frames and _is_ours(frames[-1].filename) else None
+    return bool(frames) and _is_ours(frames[-1].filename)
 
 
 def _is_ours(file: str) -> bool:

@@ -215,11 +215,12 @@ def disk(facts: Facts, plan: Plan) -> Check:
     if plan.checkpoint is None:
         return Check(name, f"{free:.1f} GB", "", "", "unknown", "--config NAME says how large its checkpoints are")
     size = plan.checkpoint / _GB
+    many = max(needs.CHECKPOINTS_RECOMMENDED, 2 * plan.checkpoints)
     reason = (
-        f"{needs.CHECKPOINTS} checkpoints of {size:.3g} GB, weights and two AdamW moments: two are kept while the next is written; "
-        f"{needs.CHECKPOINTS_RECOMMENDED} leave room for earlier runs"
+        f"{plan.checkpoints} checkpoints of {size:.3g} GB, weights and two AdamW moments: {max(plan.newest_kept, 1)} newest"
+        f"{' and the best' if plan.best_kept else ''} stay while the next is written; {many} leave room for earlier runs"
     )
-    minimum, recommended = (f"{count * size:.3g}" for count in (needs.CHECKPOINTS, needs.CHECKPOINTS_RECOMMENDED))
+    minimum, recommended = (f"{count * size:.3g}" for count in (plan.checkpoints, many))
     remedy = "free some space, or set trainer.default_root_dir to a larger disk"
     return _graded(name, free, Bound(minimum, recommended, reason, remedy, "GB"))
 

@@ -24,6 +24,7 @@ class Plan:
         parameters: of the network.
         memory: bytes a GPU, from the estimate.
         checkpoint: bytes of one.
+        newest_kept, best_kept: as `checkpoint_keep` and `checkpoint_best` say; `last.ckpt` stays whatever they are.
         nodes: machines that train together.
     """
 
@@ -32,7 +33,14 @@ class Plan:
     parameters: int = 0
     memory: int | None = None
     checkpoint: int | None = None
+    newest_kept: int = 2
+    best_kept: bool = True
     nodes: int = 1
+
+    @property
+    def checkpoints(self) -> int:
+        """Checkpoints that lie side by side at most: the next is written before the oldest of those that stay is removed."""
+        return max(self.newest_kept, 1) + self.best_kept + 1
 
 
 # Versions of PyTorch and Triton are declared in pyproject.toml and filled in from there.
@@ -99,9 +107,7 @@ ETHERNET = Bound(
     "10", "10", "gradients cross it between machines; the founding document's", "train on one machine or get a faster network", "Gb/s"
 )
 INFINIBAND = Bound("", "200", "the founding document's, for several machines", "", "Gb/s")
-# Checkpoints that lie side by side: two copies are kept, and the next is written before the older of them is removed.
-CHECKPOINTS = 3
-CHECKPOINTS_RECOMMENDED = 10
+CHECKPOINTS_RECOMMENDED = 10  # or more, where more than half of that lie side by side in one run
 
 # Oldest releases by the ID of /etc/os-release; "recommended" in the founding document. CentOS 8 and its kin have the same libraries.
 DISTRIBUTIONS = {"ubuntu": "20.04", "centos": "8", "rhel": "8", "rocky": "8", "almalinux": "8"}

@@ -31,23 +31,23 @@ def check_memory(config: Namespace) -> None:
     except RuntimeError:  # sizes beyond 64 bits
         raise BadInputError("model.network: its sizes are beyond what any machine holds; give a smaller model_dim or num_layers") from None
     kept = needed.weights + needed.gradients + needed.optimizer
-    parts = f"weights, gradients and optimiser take {kept / _GIB:,.1f} GiB, {device} has {there / _GIB:,.1f}"
+    parts = f"weights, gradients and optimiser take {kept / _GIB:,.1f} GiB, {device} {there / _GIB:,.1f} GiB"
     if kept > there:
         remedy = "give a smaller model.network.model_dim or num_layers, or a trainer.strategy that divides them"
         raise BadInputError(f"model.network does not fit: {parts}; {remedy}")
     if kept + needed.activations > _ROUGH * there:
         batch = f"data.batch_size × data.seq_len takes about {needed.activations / _GIB:,.0f} GiB"
-        raise BadInputError(f"{batch}, {device} has {there / _GIB:,.1f}; give a smaller batch and trainer.accumulate_grad_batches")
+        raise BadInputError(f"{batch}, {device} {there / _GIB:,.1f} GiB; give a smaller batch and trainer.accumulate_grad_batches")
 
 
 def _memory(accelerator: Any, forks: bool) -> tuple[str, float]:
-    """Name and bytes of what the network will lie in; of the machine, where that is no CUDA device.
+    """Words for and bytes of what the network will lie in; of the machine, where that is no CUDA device.
 
     Without end where ranks will be forked from this process: to ask a GPU initialises CUDA, and no forked process could use it then.
     """
     if accelerator != "cpu" and torch.cuda.device_count() > 0:
-        return "a GPU here", math.inf if forks else torch.cuda.get_device_properties(0).total_memory
-    return "this machine", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return "the GPU's memory is", math.inf if forks else torch.cuda.get_device_properties(0).total_memory
+    return "the host memory of this machine is", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _estimate(config: Namespace) -> Estimate:

@@ -29,7 +29,15 @@ _GOT = re.compile(r"^(?P<expected>Expected an? .*?)\.? Got value: (?P<value>.*)$
 _DENIED = re.compile(r"Importing '(?P<path>[^']+)' is not allowed")
 _NO_ATTRIBUTE = re.compile(r"module '(?P<module>[^']+)' has no attribute '(?P<name>[^']+)'")
 _NO_CLASS = re.compile(r"(?:Expected a dot import path string|No class named|Unexpected import path format)[:\s]+'?(?P<name>[\w.]+)")
-_NUMBER_NAMES = {"PositiveInt": "a whole number above 0", "NonNegativeInt": "a whole number from 0"}
+_NUMBER_NAMES = {
+    "PositiveInt": "a whole number above 0",
+    "NonNegativeInt": "a whole number from 0",
+    "PositiveFloat": "a number above 0",
+    "NonNegativeFloat": "a number from 0",
+    "ClosedUnitInterval": "a number from 0 to 1",
+    "OpenUnitInterval": "a number between 0 and 1",
+}
+_UNITS = {"gpu_memory": "GB", "min_bus_bandwidth": "GB/s"}  # of options of ours, by name
 _LITERAL = re.compile(r"(?:typing\.)?Literal\[(?P<values>.*)\]")
 
 _NO_MAPPING = re.compile(r"Unable to load config '(?P<value>[^']*)'")
@@ -194,7 +202,10 @@ def _leaf(message: str, context: _Context) -> str:
     if match := _NO_MAPPING.search(text):
         return f"{prefix}expected a mapping of keys to values, got {match['value']}"
     if match := _NUMBER.search(text):
-        return f"{prefix}expected {_NUMBER_NAMES.get(match['type'], match['type'])}, got {_short(match['value'])}"
+        expected = _NUMBER_NAMES.get(match["type"], match["type"])
+        if unit := _UNITS.get(context.key):
+            expected = expected.replace("a number", f"a number of {unit}")
+        return f"{prefix}expected {expected}, got {_short(match['value'])}"
     if match := _GOT.match(text):
         entries = [match["expected"]]
         return f"{prefix}expected {_alternatives(entries)}, got {_short(match['value'])}{_choice(match['value'], entries)}"

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mmrec.checkpoint_files import BEST, LAST, Choice, newest_readable
+from mmrec.checkpoint_files import BEST, LAST, Choice, newest_readable, require_whole
 from mmrec.files import require_writable
 
 RUNS = Path("runs")
@@ -87,7 +87,7 @@ class RunFolder(NamedTuple):
 
         Raises:
             FileNotFoundError: a path that is no file, no best.
-            ValueError: `last` where there are checkpoints and none can be gone on from; see `newest_readable`.
+            ValueError: `last` where there are checkpoints and none can be gone on from (see `newest_readable`); another that is damaged.
         """
         if ckpt_path == "last":
             return newest_readable(self.checkpoints)
@@ -96,6 +96,7 @@ class RunFolder(NamedTuple):
         path = self.checkpoints / BEST if ckpt_path == "best" else Path(ckpt_path).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"no checkpoint {ckpt_path}; give a file, or last for the newest under {self.checkpoints}")
+        require_whole(path, self.checkpoints)
         return Choice(path, [], "")
 
 

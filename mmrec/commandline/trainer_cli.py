@@ -1,6 +1,5 @@
 """`fit`, `validate`, `test` and `predict`: Lightning's CLI with a run folder, our callbacks and one-line errors."""
 
-import json
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -47,13 +46,14 @@ from mmrec.commandline.library_warnings import ignore_known_warnings
 from mmrec.commandline.parse_errors import one_line
 from mmrec.commandline.parser import PROGRAM
 from mmrec.commandline.peer_wait import watch_peer_wait
+from mmrec.commandline.predictions import prediction_files, write_predictions
 from mmrec.commandline.preflight import check_before_building, require_groups, require_values, validation_remark, watch_remark
 from mmrec.commandline.run_config import RunParser, SaveRunConfig
 from mmrec.commandline.run_facts import run_facts
 from mmrec.commandline.run_folder import RunFolder, default_root
 from mmrec.commandline.stopping import leave_if_stopped, leave_signals_to_children
 from mmrec.commandline.trainer_checks import with_options
-from mmrec.files import write_atomically
+from mmrec.files import require_writable
 
 DESCRIPTION = "Train, evaluate and sample from MM-Rec language models."
 CONFIGURABLE_CALLBACKS: dict[str, type[Callback]] = {
@@ -207,6 +207,8 @@ class RunCLI(LightningCLI):
             if not fitting:
                 say(f"reading {self._checkpoint}")
         check_before_building(config, self._checkpoint, fitting)
+        if self.config["subcommand"] == "predict":
+            require_writable(self.folder.root, "trainer.default_root_dir")
         if fitting:
             self.folder.require_writable()
             if ckpt_path is not None and self._checkpoint is None:
@@ -278,17 +280,15 @@ class RunCLI(LightningCLI):
         return {**kwargs, "ckpt_path": None if self._checkpoint is None else str(self._checkpoint), "weights_only": True}
 
     def predict(self, **kwargs: Any) -> None:
-        """Write how well each sequence was foreseen: its mean negative log-likelihood in nats and its number of tokens, a line each.
+        """Write how well each sequence was foreseen: index, mean negative log-likelihood in nats, number of tokens, a line each.
 
         Of W processes, process R writes `predictions.R.jsonl`, the lines of sequences R, R + W, R + 2W, ...
         """
         batches: list[Any] = self.trainer.predict(**kwargs) or []
-        suffix = f".{self.trainer.global_rank}" if self.trainer.world_size > 1 else ""
-        path = self.folder.root / f"predictions{suffix}.jsonl"
-        rows = [row for batch in batches for row in zip(batch["loss"].tolist(), batch["num_tokens"].tolist(), strict=True)]
-        lines = [json.dumps({"loss": loss, "num_tokens": count}) + "\n" for loss, count in rows]
-        write_atomically(path, "".join(lines).encode())
-        say(f"predictions: {path}, one line a sequence")
+        world_size = self.trainer.world_size
+        write_predictions(self.folder.root, batches, self.trainer.global_rank, world_size)
+        names = " … ".join(str(path) for path in prediction_files(self.folder.root, world_size)[:: max(world_size - 1, 1)])
+        say(f"predictions: {names}, one line a sequence" + (", a file a process" if world_size > 1 else ""))
 
     def before_fit(self) -> None:
         """Remember what an earlier run left, before this one makes files of its own; it is moved once nothing is refused any more."""

@@ -83,6 +83,15 @@ def test_a_named_file_is_refused_and_not_replaced(how: str, run: Path, tiny_conf
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == listed
 
 
+def test_a_damaged_best_one_says_what_is_whole(run: Path, tiny_config: Path, cli) -> None:
+    options = ("--config", str(tiny_config), "--trainer.default_root_dir", "run", "--ckpt_path", "best")
+    shutil.copyfile(run / "checkpoints" / "last.ckpt", run / "checkpoints" / "best.ckpt")
+    damage(run / "checkpoints" / "best.ckpt", "truncated")
+    for command in ("validate", "fit"):
+        assert cli(command, *options).error.endswith("; give --ckpt_path last, which takes run/checkpoints/last.ckpt")
+    assert cli("generate", "--run", "run", "--ckpt_path", "best").error.endswith("which takes run/checkpoints/last.ckpt")
+
+
 def test_what_only_reads_takes_the_one_before_and_leaves_the_files_alone(run: Path, tiny_config: Path, cli) -> None:
     newest, before = copies(run / "checkpoints")
     damage(newest, "truncated")

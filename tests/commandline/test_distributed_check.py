@@ -80,6 +80,10 @@ def test_lines() -> None:
         "rank   0  n1      CPU  sum right  bus bandwidth 1.50 GB/s",
         "rank   1  node-2  CPU  sum right  bus bandwidth 1.25 GB/s",
     ]
+    alone, remark = lines([RankReport(0, "n1", "CPU", 0, 0.0)])
+    assert alone == "rank   0  n1  CPU  sum right"
+    assert remark.startswith("nothing was tested: one process sends nothing to another; give --processes N ")
+    assert "srun" in remark
 
 
 @pytest.mark.parametrize(

@@ -112,8 +112,8 @@ def test_a_good_machine_passes_every_check() -> None:
         ("AVX2", {"avx2": None}, NO_CONFIG, "unknown"),
         ("AVX2", {"avx2": None, "architecture": "aarch64"}, NO_CONFIG, "not applicable"),
         ("disk", {}, NO_CONFIG, "unknown"),
-        ("disk", {"disk_free": 131_000_000_000}, NEEDS_GPU, "failed"),
-        ("disk", {"disk_free": 133_000_000_000}, NEEDS_GPU, "below recommended"),
+        ("disk", {"disk_free": 175_000_000_000}, NEEDS_GPU, "failed"),
+        ("disk", {"disk_free": 177_000_000_000}, NEEDS_GPU, "below recommended"),
         ("disk", {"disk_free": 10**8}, ON_CPU, "ok"),
         ("C compiler", {"compiler": None}, NO_CONFIG, "failed"),
         ("C compiler", {"compiler": None}, ON_CPU, "not applicable"),
@@ -321,7 +321,11 @@ def test_a_config_says_what_it_needs() -> None:
     small = command_doctor.plan_of("cpu_tiny", merge(config_layers("cpu_tiny")), nodes=3)
     assert (small.accelerator, small.nodes) == ("cpu", 3)
     assert small.checkpoint == 12 * small.parameters
-    assert command_doctor.plan_of("x", {"model": {"network": {"model_dim": 64}}, "trainer": {"num_nodes": 4}}).nodes == 4
+    mine = {"model": {"network": {"model_dim": 64}}, "trainer": {"num_nodes": 4}}
+    assert command_doctor.plan_of("x", mine).nodes == 4
+    # Two newest, the best, and the one that is being written.
+    assert [command_doctor.plan_of("x", {**mine, "checkpoint_keep": keep}).checkpoints for keep in (None, 0, 1, 2, 5)] == [4, 3, 3, 4, 7]
+    assert command_doctor.plan_of("x", {**mine, "checkpoint_best": False}).checkpoints == 3
     with pytest.raises(BadInputError, match=r"^config ablation/dpg gives no model\.network\.model_dim or num_layers: it is an overlay"):
         command_doctor.plan_of("ablation/dpg", merge(config_layers("ablation/dpg")))
 

@@ -1,6 +1,8 @@
 """What is bad input and what is a bug; jsonargparse's texts reduced; the nearest name."""
 
+import errno
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,14 +46,46 @@ def test_what_a_bug_raises_keeps_its_traceback() -> None:
         1 / 0  # noqa: B018
 
 
+def raises(error: Exception) -> Callable[[], object]:
+    """Something that raises outside of our packages."""
+
+    def action() -> None:
+        raise error
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (
+            errno.ENOSPC,
+            "no space left on device; free some space (df shows which disk is full), or choose another folder (trainer.default_",
+        ),
+        (errno.EDQUOT, "disk quota exceeded; delete files of yours, ask for a larger quota, or choose another folder (trainer."),
+        (errno.EROFS, "read-only file system; choose another folder (trainer.default_root_dir, data.cache_dir, --output; TMPDIR is"),
+    ],
+)
+def test_a_full_or_read_only_disk_is_one_line_wherever_it_is_found_out(number: int, text: str) -> None:
+    said = os.strerror(number)
+    assert message_of(raises(OSError(number, said))).startswith(text)
+    assert message_of(raises(OSError(number, said, "a/b"))).startswith(f"a/b: {text}")
+    assert message_of(raises(Exception(f"I/O error: {said} (os error {number})"))).startswith(text)  # tokenizers, safetensors
+    assert message_of(lambda: list(DataLoader(_Broken(OSError(number, said)), num_workers=1))).startswith(text)
+    assert message_of(raises(OSError(errno.EIO, os.strerror(errno.EIO)))) is None
+    assert message_of(raises(RuntimeError(f"of [Errno {number}] and (os error {number}) somewhere"))) is None
+
+
 class _Broken(Dataset):
-    def __init__(self, ours: bool) -> None:
+    def __init__(self, ours: bool | Exception) -> None:
         self.ours = ours
 
     def __len__(self) -> int:
         return 1
 
     def __getitem__(self, index: int) -> int:
+        if isinstance(self.ours, Exception):
+            raise self.ours
         return load_tokenizer("none.json") if self.ours else int("x")
 
 
@@ -84,6 +118,14 @@ def test_a_text_that_is_not_recognised_is_joined_to_one_line() -> None:
     )
     assert one_line(nested).startswith("a.b: ")
     assert "\n" not in one_line(nested)
+
+
+def test_a_number_below_its_bound_is_answered_in_words(cli) -> None:
+    for value in ("-3", "0"):
+        error = cli("configs", "--explain", "cpu_tiny", "--gpu-memory", value).error
+        assert error == f"gpu_memory: expected a number of GB above 0, got {value}"
+    assert cli("doctor", "--distributed", "--min_bus_bandwidth", "-1").error.endswith("expected a number of GB/s above 0, got -1")
+    assert one_line('Parser key "a":\n  Not of type NonNegativeFloat: -2 does not conform') == "a: expected a number from 0, got -2"
 
 
 def test_the_nearest_name() -> None:

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -119,6 +121,25 @@ def test_validate_test_and_predict_take_the_last_checkpoint_and_write_no_logs(fi
     assert all(0 < row["loss"] < 10 and row["num_tokens"] == 16 for row in rows)
     predictions.unlink()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_what_only_reads_needs_no_rights_to_write(
+    finished_run: Path, sample_cache: Path, tiny_config: Path, cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run on a read-only mount; the built-in text lies there already."""
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")}
+    Path("none").mkdir()
+    mounted, access = {finished_run, sample_cache, Path("none")}, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode) and not (mode & os.W_OK and Path(path) in mounted))
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_flag=os.ST_RDONLY))
+    options = ("--config", str(tiny_config), "--trainer.default_root_dir", str(finished_run))
+    assert cli("validate", *options).code == 0
+    fault = "cannot be written: read-only file system; choose another folder"
+    missing = cli("validate", *options, "--data.cache_dir", "none").err.splitlines()[-1]
+    assert missing == f"error: the built-in text's folder (data.cache_dir) none {fault}"
+    predicted = cli("predict", *options)  # before any of the work
+    assert predicted.error == f"trainer.default_root_dir {finished_run} {fault}"
+    assert {path: path.stat().st_mtime_ns for path in finished_run.rglob("*")} == before
 
 
 def test_a_checkpoint_of_another_shape_is_refused_before_anything_is_written(finished_run: Path, tiny_config: Path, cli) -> None:

@@ -177,10 +177,16 @@ def test_more_gpus_than_there_are_and_a_list_that_names_one_twice(cli, tmp_path:
 
 
 def test_a_network_far_beyond_the_gpu_is_refused_unless_its_weights_are_divided(cli, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("mmrec.commandline.memory_check._memory", lambda *_: ("a GPU here", 2**20))
+    monkeypatch.setattr("mmrec.commandline.memory_check._memory", lambda *_: ("the GPU's memory is", 2**20))
     assert wrong(cli, tmp_path).startswith("model.network does not fit: weights, gradients and optimiser take ")
     with pytest.raises(AssertionError, match="the config was taken"):
         cli("fit", "--config", "cpu_tiny", "--trainer.strategy", "lightning.pytorch.strategies.ModelParallelStrategy")
+
+
+def test_what_a_network_does_not_fit_is_named(cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmrec.commandline.memory_check.os.sysconf", lambda name: 1024)
+    message = wrong(cli, tmp_path, "--trainer.accelerator", "cpu")
+    assert re.search(r"optimiser take [\d.]+ GiB, the host memory of this machine is 0\.0 GiB; give a smaller ", message)
 
 
 def test_a_gpu_is_not_asked_for_its_memory_before_ranks_are_forked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ def test_what_check_refuses_it_refuses_in_one_line(
     bytes_ = write_lines(tmp_path / "latin.jsonl", [*json_lines(texts[:9]), '{"text": "caf\u00e9"}'.encode("latin-1")])
     refused(ValueError, r"1 no UTF-8\), the first at .*latin\.jsonl:10; ", _local(corpus, tokenizer_path, train_files=str(bytes_)))
     (tmp_path / "file").touch()
-    refused(NotADirectoryError, r"^cache folder of the built-in sample .* is a file", C4DataModule(cache_dir=str(tmp_path / "file" / "x")))
+    cache = C4DataModule(cache_dir=str(tmp_path / "file" / "x"))
+    refused(NotADirectoryError, r"^the built-in text's folder \(data\.cache_dir\) .* is a file", cache)
 
 
 def test_nothing_is_written_by_check(tmp_path: Path) -> None:
