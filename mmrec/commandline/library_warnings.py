@@ -11,7 +11,6 @@ _KNOWN = (
     ".*FSDP2-wrapped module .* returned a view tensor",  # a block's state after the last token, which nobody writes to
     "Your `IterableDataset` has `__len__` defined",  # it counts a rank's batches, whatever the number of workers
     r"It is recommended to use `self.log\('(val|test)/[^']*', ..., sync_dist=True\)`",  # these are means over all ranks already
-    r"Be aware that when using `ckpt_path`, .* add the following callbacks: \['RankChange'\]",  # of training alone
 )
 _ADVERTISEMENT = re.compile(r"try installing \[lit(logger|models)\]")  # packages for a service, named at every start
 
