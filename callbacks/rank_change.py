@@ -37,9 +37,14 @@ class RankChange(Callback):
         loaders = loop["state_dict"].get("combined_loader") or [{}]
         ranks = loaders[0].get("world_size", trainer.world_size)
         now = trainer.accumulate_grad_batches
-        then = checkpoint.get(KEY, now)
         progress = loop["epoch_loop.batch_progress"]
         before = progress["current"]["ready"]
+        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
+        then = checkpoint.get(KEY)
+        if then is None:  # written before this was kept: by its counts, or not to be told
+            if ranks == trainer.world_size:
+                return
+            then = before // steps if steps else now
         if before % then and not progress["is_last_batch"]:  # an epoch's last step may be of fewer
             raise ValueError(
                 f"cannot resume: the checkpoint was written within a step, after {before % then} of its {then} micro-batches, whose "
@@ -48,8 +53,9 @@ class RankChange(Callback):
             )
         if (ranks, then) == (trainer.world_size, now):
             return
-        steps = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["current"]["completed"]
         shift = steps * now - before
+        if progress["is_last_batch"]:  # with fewer batches than the epoch has it would begin in its midst
+            shift = max(shift, 0)
         for counts in (progress["current"], progress["total"]):
             for name in counts:
                 counts[name] += shift

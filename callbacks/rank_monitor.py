@@ -40,6 +40,7 @@ class RankMonitor:
         dead_after: seconds without a beat after which a rank is taken for dead.
         hang_after: seconds without `progress` after which a rank hangs; 0: never.
         leave: ends the process; called in the thread.
+        on_verdict: called as soon as this rank is about to end for a fault, its own or another's.
     """
 
     def __init__(
@@ -52,10 +53,11 @@ class RankMonitor:
         dead_after: float,
         hang_after: float,
         leave: Callable[[int], Any] = os._exit,
+        on_verdict: Callable[[], Any] = lambda: None,
     ) -> None:
         self._store, self._rank, self._world_size = store, rank, world_size
         self.interval, self.dead_after, self.hang_after = interval, dead_after, hang_after
-        self._leave = leave
+        self._leave, self._on_verdict = leave, on_verdict
         self._stopping = threading.Event()
         self._seen: dict[int, tuple[int, float]] = {}  # by rank, the latest beat and when it was new
         self._what, self._since = "starting", time.monotonic()
@@ -80,6 +82,7 @@ class RankMonitor:
         """This rank is about to end with an error: say so on its standard error before any other does, and tell the others."""
         self._failed = True
         try:
+            self._on_verdict()
             write_error(f"rank {self._rank} failed: {message}")
         finally:  # whatever comes in between: the others wait in a collective
             self._propose(Verdict(self._rank, f"failed: {message}", False))
@@ -151,6 +154,7 @@ class RankMonitor:
 
     def _follow(self, verdict: Verdict) -> None:
         try:
+            self._on_verdict()
             if self._failed:  # its main thread is on its way out, with a traceback and its own exit code
                 self._stopping.wait(self.dead_after)
             elif not self._stopping.wait(min(1.0, self.interval)):  # its own error comes first

@@ -86,6 +86,7 @@ class RankWatch(Callback):
             dead_after=self.dead_after_seconds,
             hang_after=self.hang_after_seconds,
             leave=partial(_leave, trainer),
+            on_verdict=_end_observing,
         )
         self._monitor.start()
 
@@ -132,7 +133,7 @@ class RankWatch(Callback):
             return
         if _is_of_peers(exception):
             self._monitor.wait_for_others()
-        atexit.register(lambda: _end_children(_children(trainer), _CHILD_SECONDS))  # after the traceback
+        atexit.register(_end_children, _children(trainer), _CHILD_SECONDS)  # after the traceback
         self._monitor.fail(f"{type(exception).__name__}: {' '.join(str(exception).split())}"[:_LONGEST])
 
     def _stop(self) -> None:
@@ -154,12 +155,16 @@ def _leave(trainer: Trainer, code: int) -> None:
 
 
 def _children(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
-    """The ranks that this process has started; Lightning's observer, which would kill this one as soon as one has ended, lets them go."""
+    """The ranks that this process has started."""
+    started = getattr(trainer.strategy.launcher, "procs", [])
+    return [process for process in started if isinstance(process, subprocess.Popen)]  # multiprocessing's end with their parent
+
+
+def _end_observing() -> None:
+    """Let Lightning's observer go: it would kill this process as soon as a child has ended, in the midst of its last words and writes."""
     for thread in threading.enumerate():
         if isinstance(thread, _ChildProcessObserver):
             thread._child_processes = []
-    started = getattr(trainer.strategy.launcher, "procs", [])
-    return [process for process in started if isinstance(process, subprocess.Popen)]  # multiprocessing's end with their parent
 
 
 def _end_children(children: list[subprocess.Popen[bytes]], seconds: float) -> None:

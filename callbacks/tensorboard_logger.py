@@ -113,6 +113,8 @@ class FaultTolerantTensorBoardLogger(TensorBoardLogger):
     in between is lost. `flush_secs` has no meaning here: `save`, which all that logs calls, flushes.
     """
 
+    _told = False  # of the hyperparameters' file
+
     @property
     @rank_zero_experiment
     def experiment(self) -> SummaryWriter:
@@ -124,7 +126,14 @@ class FaultTolerantTensorBoardLogger(TensorBoardLogger):
     @rank_zero_only
     def save(self) -> None:
         """Flush, and write the module's hyperparameters beside the events where they are not there yet."""
+        file = Path(self.log_dir) / self.NAME_HPARAMS_FILE
+        there = file.exists()
         try:
             super().save()
         except OSError as error:
-            tell(f"warning: cannot write {Path(self.log_dir) / self.NAME_HPARAMS_FILE}: {error.strerror or error}. Training goes on")
+            if not there:
+                with contextlib.suppress(OSError):
+                    file.unlink(missing_ok=True)  # half of one would count as written
+            if not self._told:  # it is tried at every step that is logged
+                tell(f"warning: cannot write {file}: {error.strerror or error}. Training goes on")
+            self._told = True

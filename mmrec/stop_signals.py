@@ -11,6 +11,7 @@ import threading
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _received = 0  # of the process, as its handlers are
+_came: set[int] = set()
 _note_interrupt: object = None  # the handler of SIGINT that `keep_interrupt` set last
 
 
@@ -24,6 +25,7 @@ def keep_stop_signals() -> None:
     if threading.current_thread() is not threading.main_thread():
         return
     _received = 0
+    _came.clear()
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
     # Python puts the default back while it shuts down, which takes torch a second: a signal then would change the exit code.
@@ -82,6 +84,12 @@ def received_stop_signal() -> int:
     return _received
 
 
+def stop_signal_came(number: int) -> bool:
+    """Whether this one was among those that came, the first or not."""
+    return number in _came
+
+
 def _note(number: int, frame: object) -> None:
     global _received
     _received = _received or number
+    _came.add(number)

@@ -26,6 +26,7 @@ from lightning_modules.fsdp2_strategy import FSDP2Strategy
 from lightning_modules.strategies import TunedDDPStrategy
 
 ENDLESS = 10_000.0
+PATIENCE = 5.0  # seconds
 SECONDS = 270.0  # after which a run that hangs ends with its stacks
 
 
@@ -34,7 +35,7 @@ class Fault(Callback):
 
     `nan`: what the network reads of the batch is NaN, and so is the loss. `infinite`: the loss is infinite, its gradients are not.
     `overflow`: one gradient is infinite. `spike`: the step's loss is taken to be 50 more. `raise`, `kill` (as kill −9), `stop` (as
-    kill −STOP), `sleep`: before the batch.
+    kill −STOP), `sleep`: before the batch. `impatient`: RankWatch takes five seconds without progress for a hang from then on.
     """
 
     def __init__(self, kind: str, rank: int, step: int, until: int | None = None, micro_batch: int = 0) -> None:
@@ -70,6 +71,10 @@ class Fault(Callback):
             raise ValueError(f"no more tea on rank {self.rank}")
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "impatient":
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning's list
+                if isinstance(callback, RankWatch) and callback._monitor is not None:
+                    callback._monitor.hang_after = PATIENCE
         if self.kind == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
         if self.kind == "sleep":

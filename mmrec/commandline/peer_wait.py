@@ -3,7 +3,6 @@
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from typing import Any, Self
@@ -11,7 +10,8 @@ from typing import Any, Self
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from mmrec.stop_signals import received_stop_signal
+from callbacks.telling import tell
+from mmrec.stop_signals import stop_signal_came
 
 FIRST_SECONDS = 30.0  # until it is said that others are missing
 AGAIN_SECONDS = 300.0  # between two times
@@ -50,7 +50,7 @@ class PeerWait:
         self._told, self._tells = socket.socketpair()
         self._tells.setblocking(False)
         self._before = signal.set_wakeup_fd(self._tells.fileno(), warn_on_full_buffer=False)
-        if received_stop_signal() == signal.SIGTERM:  # it came before there was a socket
+        if stop_signal_came(signal.SIGTERM):  # before there was a socket
             self._leave(signal.SIGTERM)
         self._thread.start()
         return self
@@ -94,4 +94,4 @@ class PeerWait:
 
     def _say(self, line: str) -> None:
         if self._trainer.local_rank == 0:
-            print(line, file=sys.stderr, flush=True)
+            tell(line)

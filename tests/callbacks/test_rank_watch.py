@@ -84,8 +84,8 @@ def test_a_hang_ends_by_timeout_with_the_stacks_of_both(tmp_path: Path) -> None:
 
 def test_a_stopped_rank_is_named_by_the_one_that_waits_for_it_and_does_not_stay_behind(tmp_path: Path) -> None:
     """It beats no more, but what the other finds first is that itself has come to nothing new."""
-    watch = {"interval_seconds": 0.5, "dead_after_seconds": 60.0, "hang_after_seconds": 15.0}
-    code, errors, _ = run(tmp_path, [{"kind": "stop", "rank": 1, "step": 3}], watch)
+    watch = {"interval_seconds": 0.5, "dead_after_seconds": 100.0, "hang_after_seconds": 100.0}
+    code, errors, _ = run(tmp_path, [{"kind": "impatient", "rank": 0, "step": 3}, {"kind": "stop", "rank": 1, "step": 3}], watch)
     assert code == 1
     first_line(errors, r"^rank 0 ends, since rank 1 is dead: no sign of life for \d+ s$")
     assert "training_epoch_loop.py" in errors.partition("stacks of rank 0:\n")[2]

@@ -153,14 +153,17 @@ def test_a_folder_that_is_gone_for_a_while(tmp_path: Path, stubs: ModuleType, ca
 def test_hyperparameters_that_cannot_be_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(file: str, *_: Any) -> None:
+        Path(file).write_text("half")
         raise OSError(errno.ENOSPC, FULL)
 
     monkeypatch.setattr("lightning.pytorch.loggers.tensorboard.save_hparams_to_yaml", full)
     logger = FaultTolerantTensorBoardLogger(tmp_path, name="tb", version="", default_hp_metric=False)
     logger.log_metrics({"loss": 1.0}, step=3)
     logger.save()
+    logger.save()
     assert capsys.readouterr().err == f"warning: cannot write {tmp_path}/tb/hparams.yaml: {FULL}. Training goes on\n"
+    assert not (tmp_path / "tb" / "hparams.yaml").exists()
     assert steps(tmp_path / "tb", "loss") == [3]
 
 

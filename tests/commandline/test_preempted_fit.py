@@ -6,6 +6,7 @@ The twenty runs and the stages carry the marker `faults`; with SIGNALS_JSON set 
 import os
 import random
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,10 @@ def test_ctrl_c_saves_and_a_second_one_interrupts(tmp_path: Path, config: Path) 
     processes = again.at_step(stopped.step + 1)
     for process in processes:
         os.kill(process, signal.SIGINT)
-    interrupted = again.send(signal.SIGINT, processes, 0.5)
+    while "once more to leave at once" not in again.output():  # of rank 0
+        assert again.process.poll() is None, again.output()
+        time.sleep(0.05)
+    interrupted = again.send(signal.SIGINT, processes)
     assert interrupted.code not in (0, 130, 143)
     assert interrupted.step == stopped.step
 
