@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import distributed as dist
 
 from callbacks.background_checkpoint_io import BackgroundCheckpointIO
+from callbacks.launched_ranks import launched_ranks
 from callbacks.rank_monitor import RankMonitor
 
 # Ways to end that are no failure of one rank: all ranks take them together, each with its own exit code.
@@ -133,7 +134,7 @@ class RankWatch(Callback):
             return
         if _is_of_peers(exception):
             self._monitor.wait_for_others()
-        atexit.register(_end_children, _children(trainer), _CHILD_SECONDS)  # after the traceback
+        atexit.register(_end_children, launched_ranks(trainer), _CHILD_SECONDS)  # after the traceback
         self._monitor.fail(f"{type(exception).__name__}: {' '.join(str(exception).split())}"[:_LONGEST])
 
     def _stop(self) -> None:
@@ -145,19 +146,13 @@ class RankWatch(Callback):
 def _leave(trainer: Trainer, code: int) -> None:
     """End the process, after the checkpoint that a thread may be writing, and its children."""
     try:
-        children, end = _children(trainer), time.monotonic() + _CHILD_SECONDS
+        children, end = launched_ranks(trainer), time.monotonic() + _CHILD_SECONDS
         io = trainer.strategy.checkpoint_io
         if isinstance(io, BackgroundCheckpointIO):
             io.linger(_WRITE_SECONDS)
         _end_children(children, end - time.monotonic())
     finally:
         os._exit(code)
-
-
-def _children(trainer: Trainer) -> list[subprocess.Popen[bytes]]:
-    """The ranks that this process has started."""
-    started = getattr(trainer.strategy.launcher, "procs", [])
-    return [process for process in started if isinstance(process, subprocess.Popen)]  # multiprocessing's end with their parent
 
 
 def _end_observing() -> None:

@@ -10,8 +10,7 @@ import signal
 import threading
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-_received = 0  # of the process, as its handlers are
-_came: set[int] = set()
+_came: list[int] = []  # signals of the process, as its handlers are, in the order of their coming
 _note_interrupt: object = None  # the handler of SIGINT that `keep_interrupt` set last
 
 
@@ -21,10 +20,8 @@ def keep_stop_signals() -> None:
     Later signals are taken as well: the second of two that come a moment apart must not kill the process while it saves or leaves.
     In a thread other than the main one, which may set no handlers, nothing happens.
     """
-    global _received
     if threading.current_thread() is not threading.main_thread():
         return
-    _received = 0
     _came.clear()
     for number in STOP_SIGNALS:
         signal.signal(number, _note)
@@ -81,7 +78,7 @@ def default_interrupt() -> None:
 
 def received_stop_signal() -> int:
     """The number of the first signal that came, 0 before any has."""
-    return _received
+    return _came[0] if _came else 0
 
 
 def stop_signal_came(number: int) -> bool:
@@ -90,6 +87,5 @@ def stop_signal_came(number: int) -> bool:
 
 
 def _note(number: int, frame: object) -> None:
-    global _received
-    _received = _received or number
-    _came.add(number)
+    if number not in _came:
+        _came.append(number)

@@ -10,6 +10,7 @@ from typing import Any, Self
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from callbacks.launched_ranks import launched_ranks
 from callbacks.telling import tell
 from mmrec.stop_signals import stop_signal_came
 
@@ -87,7 +88,7 @@ class PeerWait:
     def _leave(self, number: signal.Signals) -> None:
         try:
             self._say(f"stopped by {number.name} while waiting for the other processes: there is nothing to save")
-            for process in getattr(self._trainer.strategy.launcher, "procs", []):
+            for process in launched_ranks(self._trainer):
                 process.kill()
         finally:
             os._exit(128 + number)

@@ -6,9 +6,10 @@ import sys
 
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher, _SubprocessScriptLauncher
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from callbacks import Preemption
+from callbacks.launched_ranks import launched_ranks
 from mmrec.commandline.slurm import RequeueError, requeue, slurm_job
 from mmrec.stop_signals import default_stop_signals
 
@@ -56,8 +57,7 @@ def _line(preemption: Preemption) -> str:
 
 def _wait_for_children(trainer: Trainer) -> None:
     """Be the last to leave: a container ends with its first process."""
-    launcher = trainer.strategy.launcher
-    for process in launcher.procs if isinstance(launcher, _SubprocessScriptLauncher) else ():
+    for process in launched_ranks(trainer):
         try:
             process.wait(_PATIENCE)
         except subprocess.TimeoutExpired:
